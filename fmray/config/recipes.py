@@ -1,0 +1,69 @@
+"""Recipes: functions that return a whole configuration. A variant calls another and changes a few keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fmray.config.schema import (
+    AugmentConfig,
+    DataConfig,
+    EmojiSource,
+    EngineConfig,
+    EvaluateConfig,
+    EvaluateRunConfig,
+    ImageConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PartConfig,
+    PretrainConfig,
+    RunConfig,
+    ServeConfig,
+    TowerConfig,
+    TrainConfig,
+)
+
+
+def clip_emoji() -> PretrainConfig:
+    """MobileNetV2 + MiniLM on emoji pictures and their English names: the demo's model, minutes on 2 cores."""
+    return PretrainConfig(
+        run=RunConfig(name="clip_emoji"),
+        data=DataConfig(
+            source=EmojiSource(languages=("en",)),
+            augment=AugmentConfig(flip=0.5, rotate=10, translate=0.08, scale=0.15, color=0.2),
+            background="random",
+        ),
+        model=ModelConfig(image=ImageConfig(size=96)),
+        parts={
+            "vision": PartConfig(lr=3e-4),
+            "text": PartConfig(lr=3e-5),
+        },
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=10, ema_decay=0.95),
+        objective=ObjectiveConfig(temperature=0.05),
+        engine=EngineConfig(precision="bf16"),
+        train=TrainConfig(steps=100, evaluate_every=25, checkpoint_every=50),
+    )
+
+
+def clip_tiny() -> PretrainConfig:
+    """Two tiny towers from scratch on the emoji pairs: seconds, for trying things and for tests."""
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return PretrainConfig(
+        run=RunConfig(name="clip_tiny"),
+        data=DataConfig(batch_size=32),
+        model=ModelConfig(
+            vision=TowerConfig(
+                source="arch:vit", pretrained=False, overrides={**tiny, "image_size": 32, "patch_size": 8}
+            ),
+            text=TowerConfig(source="asset:minilm", pretrained=False, overrides=tiny),
+            image=ImageConfig(size=32, normalize="half"),
+            embed_dim=32,
+        ),
+        train=TrainConfig(steps=20),
+        evaluate=EvaluateConfig(max_samples=64),
+    )
+
+
+PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {"clip_emoji": clip_emoji, "clip_tiny": clip_tiny}
+EVALUATE_RECIPES: dict[str, Callable[[], EvaluateRunConfig]] = {}
+SERVE_RECIPES: dict[str, Callable[[], ServeConfig]] = {}
