@@ -1,0 +1,130 @@
+"""Who am I of how many, where do I report, where do checkpoints go: the one thing a room knows of where it runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fmray.config.schema import RuntimeConfig
+from fmray.errors import ResourceError
+from fmray.runtime.run_folder import RunFolder
+from fmray.types import Metrics
+
+
+class Context(Protocol):
+    """Rank `rank` of `world_size` on `device`; the same calls, in the same order, on every rank."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder, shared by all ranks."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Every rank's rows, in the order of ranks; equal shapes [N, …] in, [world_size·N, …] out; no gradient."""
+        ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        ...
+
+    def report(self, step: int, metrics: Metrics) -> None:
+        """Tell the reporters; rank 0's numbers count, every rank calls."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """Whether the run should save and end; the same answer on every rank."""
+        ...
+
+
+@dataclass
+class WorkerContext:
+    """The context of one learner: torch.distributed where there are several, plain calls where there is one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    folder: RunFolder
+    reporters: list[Callable[[int, Metrics], None]] = field(default_factory=list)
+    stop_flag: Callable[[], bool] = lambda: False
+
+    def gather(self, rows: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return rows
+        out = rows.new_empty((self.world_size * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(out, rows.contiguous())
+        return out
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def report(self, step: int, metrics: Metrics) -> None:
+        for tell in self.reporters:
+            tell(step, metrics)
+
+    def stop_requested(self) -> bool:
+        asked = torch.tensor([float(self.rank == 0 and self.stop_flag())], device=self.device)
+        return bool(self.sum(asked).item() > 0)
+
+
+def choose_device(asked: str, local_rank: int = 0) -> torch.device:
+    """`auto` goes by what torch sees; asking for a GPU that is not there is a `ResourceError`."""
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cuda" and not seen:
+        raise ResourceError("runtime.device=cuda, but torch sees no GPU here; use runtime.device=auto or cpu")
+    if asked == "cpu" or not seen:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % seen)
+
+
+def threads_per_worker(runtime: RuntimeConfig) -> int:
+    """Torch threads of each worker, said explicitly so that local and Ray runs compare equal."""
+    return runtime.threads or max(1, (os.cpu_count() or 1) // max(runtime.worker_counts))
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM and SIGINT set a flag instead of killing; yields the flag. A second signal kills as usual."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # handlers can be set in the main thread alone; a Ray worker is told through its run folder
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, _frame: object) -> None:
+        asked.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
