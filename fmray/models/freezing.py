@@ -1,0 +1,67 @@
+"""Which parts learn, how fast, with which decay: one declarative spec (`parts` of the configuration)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fmray.config.schema import PartConfig, PartName
+from fmray.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Parameters that learn alike."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+
+
+def parameter_groups(
+    model: nn.Module, parts: dict[PartName, PartConfig], lr: float, weight_decay: float
+) -> list[ParameterGroup]:
+    """Apply the freezing spec, and group what is left by learning rate and decay.
+
+    Biases, norms and scalars (fewer than two dimensions) never decay. Raises ConfigError where nothing learns.
+    """
+    groups: dict[tuple[str, bool], ParameterGroup] = {}
+    locked = {part: _locked_parameters(model, part, config) for part, config in parts.items()}
+    for name, parameter in model.named_parameters():
+        part: Any = name.split(".", 1)[0]
+        config = parts.get(part, PartConfig())
+        parameter.requires_grad_(name not in locked.get(part, ()))
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.dim() >= 2
+        decay = (weight_decay if config.weight_decay is None else config.weight_decay) if decays else 0.0
+        rate = lr if config.lr is None else config.lr
+        label = f"{part}{'' if decays else '/no_decay'}"
+        group = groups.setdefault((part, decays), ParameterGroup(label, [], rate, decay))
+        group.parameters.append(parameter)
+    if not groups:
+        raise ConfigError("parts", "none", "every part is locked: let at least one learn")
+    return list(groups.values())
+
+
+def _locked_parameters(model: nn.Module, part: PartName, config: PartConfig) -> set[str]:
+    """Names of a part's parameters that do not learn."""
+    module = model.get_submodule(part)
+    names = [f"{part}.{name}" for name, _ in module.named_parameters()]
+    if config.train == "all":
+        return set()
+    if config.train == "none":
+        return set(names)
+    count = int(config.train.removeprefix("last:"))
+    lists = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
+    if not lists:
+        raise ConfigError(f"parts.{part}.train", config.train, "has no blocks; use all or none")
+    path, blocks = max(lists, key=lambda item: len(item[1]))
+    if count > len(blocks):
+        raise ConfigError(f"parts.{part}.train", config.train, f"has only {len(blocks)} blocks")
+    # registration order is forward order: what stands before the first learning block is locked
+    first = next(i for i, name in enumerate(names) if name.startswith(f"{part}.{path}.{len(blocks) - count}."))
+    return set(names[:first])
