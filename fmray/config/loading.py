@@ -34,6 +34,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "fmray")
 
 
+OFFLINE_VARIABLE = "FMRAY_OFFLINE"
+"""Environment variable that forbids downloads (1, true, yes or on)."""
+
+
+def offline() -> bool:
+    """Whether $FMRAY_OFFLINE forbids downloads; raises ConfigError for a value that is neither yes nor no."""
+    value = os.environ.get(OFFLINE_VARIABLE, "").strip().lower()
+    if value not in ("", "0", "false", "no", "off", "1", "true", "yes", "on"):
+        raise ConfigError(OFFLINE_VARIABLE, value, "write 1 to forbid downloads, 0 or nothing to allow them")
+    return value in ("1", "true", "yes", "on")
+
+
 class HelpRequested(Exception):
     """`--help` was asked for; carries the text to print."""
 
