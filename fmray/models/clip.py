@@ -113,13 +113,14 @@ class Temperature(nn.Module):
 
     def __init__(self, temperature: float, with_bias: bool) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1.0 / temperature)))
-        self.bias = nn.Parameter(torch.tensor(-10.0)) if with_bias else None
+        # one element, not zero dimensions: DeepSpeed's broadcast of the weights cannot send a scalar
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1.0 / temperature)]))
+        self.bias = nn.Parameter(torch.tensor([-10.0])) if with_bias else None
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
         # the bound inside the graph holds under any sharding; CLIP clamps the parameter after the step instead
-        scale = self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp()
-        return scale, None if self.bias is None else self.bias.float()
+        scale = self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp().squeeze(0)
+        return scale, None if self.bias is None else self.bias.float().squeeze(0)
 
 
 class DualEncoder(PreTrainedModel):  # type: ignore[misc]

@@ -156,13 +156,13 @@ def from_transformers(whole: CLIPModel | SiglipModel, image: ImageConfig) -> Dua
     )
     model = DualEncoder(config, whole.vision_model, whole.text_model)
     with torch.no_grad():
-        model.temperature.log_scale.copy_(whole.logit_scale.reshape(()))
+        model.temperature.log_scale.copy_(whole.logit_scale.reshape(1))
         if clip:
             model.vision_projection.weight.copy_(whole.visual_projection.weight)
             model.text_projection.weight.copy_(whole.text_projection.weight)
         else:
             assert model.temperature.bias is not None
-            model.temperature.bias.copy_(whole.logit_bias.reshape(()))
+            model.temperature.bias.copy_(whole.logit_bias.reshape(1))
     return model
 
 

@@ -19,10 +19,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
-        gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
         ctx.count = rows.shape[0]  # type: ignore[attr-defined]
-        return gathered
+        return _all_gather(rows)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
@@ -38,9 +36,13 @@ def gather_rows(rows: Tensor) -> Tensor:
         return rows
     if rows.requires_grad:
         return _GatherRows.apply(rows)  # type: ignore[no-any-return, no-untyped-call]
-    gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
-    return gathered
+    return _all_gather(rows)
+
+
+def _all_gather(rows: Tensor) -> Tensor:
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 def row_keys(count: int, device: torch.device) -> Tensor:

@@ -69,9 +69,9 @@ class WorkerContext:
     def gather(self, rows: Tensor) -> Tensor:
         if self.world_size == 1:
             return rows
-        out = rows.new_empty((self.world_size * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(out, rows.contiguous())
-        return out
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
 
     def sum(self, values: Tensor) -> Tensor:
         if self.world_size == 1:

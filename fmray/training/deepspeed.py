@@ -166,6 +166,7 @@ class DeepSpeedEngine:
                 moments = {key: torch.zeros_like(share) for key in MOMENTS}
                 zero.optimizer.state[share] = {"step": torch.tensor(0.0), **moments}
         if self._stage < 3:
+            zero._hp_optimizer_states_linked = False  # DeepSpeed links once, before the later groups have moments
             zero._lazy_init_hp_params_optimizer_state()
 
     def gathered(self, parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[object]:
@@ -185,15 +186,11 @@ def _import_deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError:
         raise MissingExtra("deepspeed", "deepspeed", "engine.kind=deepspeed") from None
+    # its shared-memory collectives are compiled at first use (a minute, a C++ compiler); gloo needs neither
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not dist.is_initialized():
-        _one_process_group()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists on the variable, not on its meaning
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
-
-
-def _one_process_group() -> None:
-    """DeepSpeed wants a process group even for one process; an in-memory store needs no port."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ.setdefault(name, value)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,99 @@
+"""An ASGI app on Ray Serve: one application, N replicas, each building the app for itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import ProxyLocation
+
+from fmray.errors import ResourceError
+from fmray.runtime.ports import bind
+
+
+def connect(address: str | None) -> bool:
+    """Join the cluster at `address`, or start Ray on this machine; whether it was started here (and is ours to stop).
+
+    Raises ResourceError where no cluster answers.
+    """
+    if ray.is_initialized():
+        return False
+    try:
+        # log_to_driver would print every replica's lines here; they are in Ray's log folder and its dashboard
+        ray.init(address=address, log_to_driver=False, logging_level="warning")
+    except (ConnectionError, TimeoutError, ValueError) as error:
+        raise ResourceError(f"runtime.address={address}: {str(error).splitlines()[0]}") from None
+    return address is None
+
+
+def run_app(
+    build: Callable[[], FastAPI], *, name: str, replicas: int, host: str, port: int, cpus: float, gpus: float
+) -> None:
+    """Deploy the app that `build` makes inside each replica, and return once it answers; needs `connect`.
+
+    Raises ResourceError: the port is taken, the cluster is too small, or the replicas do not come up.
+    """
+    if not serve.status().proxies:  # where Serve runs, the port is its own
+        bind(host, port).close()
+        options = {"host": host, "port": port}
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=_quiet())
+    _check_capacity({"CPU": replicas * cpus, "GPU": replicas * gpus})
+
+    def build_in_replica() -> FastAPI:  # Serve takes a function, no other callable
+        return build()
+
+    replica: Any = serve.ingress(build_in_replica)()
+    deployment = serve.deployment(replica).options(
+        name=name,
+        num_replicas=replicas,
+        max_ongoing_requests=256,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        logging_config=_quiet(),
+    )
+    try:
+        serve.run(deployment.bind(), name=name, route_prefix="/")
+    except RuntimeError as error:
+        serve.delete(name)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ResourceError(
+            f"Ray Serve could not start {name}: {lines[-1] if lines else 'no reason given'}"
+        ) from None
+
+
+def _quiet() -> dict[str, Any]:
+    return {"log_level": "WARNING", "enable_access_log": False}
+
+
+def _check_capacity(asked: dict[str, float]) -> None:
+    """Without this, Serve waits for ever for a node that nobody will add."""
+    have = ray.cluster_resources()
+    for kind, amount in asked.items():
+        if amount > have.get(kind, 0.0):
+            raise ResourceError(f"{amount:g} {kind} asked for, the cluster has {have.get(kind, 0.0):g}")
+
+
+def stop_app(name: str, *, started_here: bool) -> None:
+    """Drain the application; a Ray of our own is ended too, a cluster's keeps its other applications."""
+    if started_here:
+        serve.shutdown()
+        ray.shutdown()
+    else:
+        serve.delete(name)
+
+
+def wait_while_running(name: str, stop_asked: Callable[[], bool]) -> None:
+    """Block until asked to stop; raises ResourceError where the application was deleted or failed meanwhile."""
+    checked = time.monotonic()
+    while not stop_asked():
+        time.sleep(0.2)
+        if time.monotonic() - checked > 10:
+            checked = time.monotonic()
+            application = serve.status().applications.get(name)
+            if application is None or application.status == "DEPLOY_FAILED":
+                raise ResourceError(
+                    f"the Serve application {name} is gone or has failed; see Ray's dashboard"
+                )
