@@ -10,7 +10,7 @@ from fmray.errors import ResourceError
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to `host:port`, to listen on or to close again; raises ResourceError where that cannot be."""
+    """A socket bound to `host:port`, to listen on or to close again; raises ResourceError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)

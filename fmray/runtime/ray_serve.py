@@ -16,7 +16,7 @@ from fmray.runtime.ports import bind
 
 
 def connect(address: str | None) -> bool:
-    """Join the cluster at `address`, or start Ray on this machine; whether it was started here (and is ours to stop).
+    """Join the cluster at `address`, or start Ray on this machine; True where it was started here.
 
     Raises ResourceError where no cluster answers.
     """
@@ -86,7 +86,7 @@ def stop_app(name: str, *, started_here: bool) -> None:
 
 
 def wait_while_running(name: str, stop_asked: Callable[[], bool]) -> None:
-    """Block until asked to stop; raises ResourceError where the application was deleted or failed meanwhile."""
+    """Block until asked to stop; raises ResourceError where the application is deleted or fails."""
     checked = time.monotonic()
     while not stop_asked():
         time.sleep(0.2)

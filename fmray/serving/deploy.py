@@ -1,0 +1,94 @@
+"""The door of serving: a saved model behind a port, in this process or on Ray Serve."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from fmray.config.schema import ServeConfig
+from fmray.errors import MissingExtra
+from fmray.runtime.context import choose_device, stop_on_sigterm
+from fmray.runtime.ports import bind
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 30
+"""What requests in flight are given when the endpoint is told to stop."""
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve `config.checkpoint` until SIGTERM or SIGINT, then end cleanly.
+
+    May raise MissingExtra, CheckpointError or ResourceError (port in use, cluster too small) before it serves.
+    """
+    _need("serve", "fastapi", "uvicorn")
+    if config.runtime.kind == "ray":
+        _need("ray", "ray")
+        _serve_on_ray(config)
+    else:
+        _serve_here(config)
+
+
+def build_clip_app(config: ServeConfig) -> FastAPI:
+    """Load the model, warm it up, build its app: in this process or in a replica."""
+    from fmray.models.saved import load_dual_encoder
+    from fmray.serving.app import build_app
+    from fmray.serving.engines import ClipEngine
+
+    torch.set_num_threads(config.runtime.threads or max(1, (os.cpu_count() or 1) // config.replicas))
+    loaded = load_dual_encoder(config.checkpoint, choose_device(config.runtime.device))
+    engine = ClipEngine(loaded, max_pixels=int(config.max_image_megapixels * 1e6))
+    engine.warmup()
+    return build_app(engine, config)
+
+
+def _serve_here(config: ServeConfig) -> None:
+    import uvicorn
+
+    with bind(config.host, config.port) as bound:  # before the model: a port in use is known at once
+        settings = uvicorn.Config(
+            build_clip_app(config),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+        logger.info("serving %s on http://%s:%d/v1", config.model_id, config.host, config.port)
+        with (
+            stop_on_sigterm()
+        ):  # uvicorn raises the signal again once it has drained: our handler lets that pass
+            uvicorn.Server(settings).run(sockets=[bound])
+
+
+def _serve_on_ray(config: ServeConfig) -> None:
+    from fmray.runtime import ray_serve
+
+    with stop_on_sigterm() as stop_asked:
+        started_here = ray_serve.connect(config.runtime.address)
+        try:
+            ray_serve.run_app(
+                lambda: build_clip_app(config),
+                name=config.model_id,
+                replicas=config.replicas,
+                host=config.host,
+                port=config.port,
+                cpus=config.runtime.cpus_per_worker,
+                gpus=config.runtime.gpus_per_worker,
+            )
+            logger.info("serving %s on http://%s:%d/v1 (Ray)", config.model_id, config.host, config.port)
+            ray_serve.wait_while_running(config.model_id, stop_asked)
+        finally:
+            ray_serve.stop_app(config.model_id, started_here=started_here)
+
+
+def _need(extra: str, *packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtra(package, extra, "serving" if extra == "serve" else "runtime.kind=ray")

@@ -1,0 +1,257 @@
+"""HTTP bodies, OpenAI-shaped. Types are checked here; the model's and the configured limits, where used."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+    field_validator,
+)
+
+MOST_ITEMS = 65_536
+"""Items that a list is parsed to at most, whatever is configured: bounds a hostile body's memory."""
+
+
+class Body(BaseModel):
+    """A request or a reply. Fields it does not list are ignored, as existing clients send many."""
+
+    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True, protected_namespaces=())
+
+
+# -------------------------------------------------------------------------------------- one text or one image
+
+
+class TextPart(Body):
+    """`{"type": "text", "text": "a red heart"}`, or without the type (Jina)."""
+
+    type: Literal["text"] = "text"
+    text: StrictStr
+
+
+class ImageUrl(Body):
+    """`{"url": "data:image/png;base64,…"}`; `detail` is ignored."""
+
+    url: StrictStr
+
+
+class ImageUrlPart(Body):
+    """`{"type": "image_url", "image_url": {"url": "data:…"}}`; `image_url` may be the string itself."""
+
+    type: Literal["image_url"] = "image_url"
+    image_url: ImageUrl
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _plain_string(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+
+class ImagePart(Body):
+    """`{"image": "data:image/png;base64,…"}` (Jina)."""
+
+    image: StrictStr
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "string"
+    if isinstance(value, dict):
+        return next((key for key in ("image_url", "image", "text") if key in value), None)
+    return None
+
+
+Item = Annotated[
+    Annotated[StrictStr, Tag("string")]
+    | Annotated[TextPart, Tag("text")]
+    | Annotated[ImageUrlPart, Tag("image_url")]
+    | Annotated[ImagePart, Tag("image")],
+    Discriminator(
+        _kind,
+        custom_error_type="invalid_value",
+        custom_error_message=(
+            "expected a string, {'type': 'text', 'text': …}, {'type': 'image_url', 'image_url': {'url': …}} "
+            "or {'image': …}; token ids are not supported"
+        ),
+    ),
+]
+"""A text, or a picture as a base64 `data:` URL."""
+
+Items = Annotated[list[Item], FailFast(), Field(max_length=MOST_ITEMS)]
+
+
+def _one_or_many(value: Any) -> str:
+    return "many" if isinstance(value, list) else "one"
+
+
+OneOrMany = Annotated[
+    Annotated[Items, Tag("many")] | Annotated[Item, Tag("one")], Discriminator(_one_or_many)
+]
+
+
+# --------------------------------------------------------------------------------------------------- requests
+
+
+class EmbeddingsRequest(Body):
+    """Body of `POST /v1/embeddings`.
+
+    Ignored: `user` and every other OpenAI field that is not listed. Vectors always have norm 1.
+    """
+
+    model: StrictStr
+    """Id of the served model."""
+    input: OneOrMany
+    """A text, an image as a `data:` URL, a part, or a list of these in any mixture."""
+    encoding_format: Literal["float", "base64"] = "float"
+    """`base64`: little-endian float32, what the openai client asks for by default."""
+    dimensions: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Keep this many leading numbers and scale the rest to norm 1 again."""
+    modality: Literal["auto", "text", "image"] = "auto"
+    """What plain strings are; `auto`: an image where they are a `data:` URL (Infinity's field)."""
+    truncate: StrictBool = True
+    """False: a text of more tokens than the model reads is an error instead of being cut."""
+    normalize: Literal[True] = True
+    """Accepted for clients that send it."""
+
+
+class ClassifyRequest(Body):
+    """Body of `POST /v1/classify`: which of these labels fits the picture?"""
+
+    model: StrictStr
+    """Id of the served model."""
+    input: OneOrMany
+    """An image or a list of images, in any of the shapes that `/v1/embeddings` takes."""
+    labels: Annotated[list[StrictStr], FailFast(), Field(max_length=MOST_ITEMS)]
+    """Different, non-empty names."""
+    template: StrictStr | Annotated[list[StrictStr], FailFast(), Field(max_length=MOST_ITEMS)] = (
+        "a photo of a {}"
+    )
+    """Sentence around a label, `{}` standing for it; several: the mean of their unit vectors (ensemble)."""
+    top_k: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Only the best labels in `probs`; None: all."""
+    multi_label: StrictBool = False
+    """False: probabilities over all labels sum to 1. True: each label by itself, as a sigmoid of its logit
+    (SigLIP) or of its logit less that of the label "thing" (CLIP, whose logits mean nothing alone)."""
+
+
+# ---------------------------------------------------------------------------------------------------- replies
+
+
+class Usage(Body):
+    """What a request cost."""
+
+    prompt_tokens: int
+    """Text tokens read."""
+    total_tokens: int
+    """The same: nothing is generated."""
+    images: int
+    """Pictures read."""
+    truncated: int
+    """Texts that had more tokens than the model reads."""
+
+
+class EmbeddingObject(Body):
+    """One embedding."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    """Position in `input`."""
+    embedding: list[float] | str
+    """Numbers, or base64 of little-endian float32."""
+
+
+class EmbeddingsReply(Body):
+    """Reply of `POST /v1/embeddings`."""
+
+    object: Literal["list"] = "list"
+    data: list[EmbeddingObject]
+    model: str
+    usage: Usage
+
+
+class LabelScore(Body):
+    """A label and its probability."""
+
+    label: str
+    score: float
+
+
+class Classification(Body):
+    """The labels of one picture, best first."""
+
+    index: int
+    """Position in `input`."""
+    label: str
+    """The best one."""
+    probs: list[LabelScore]
+
+
+class ClassifyReply(Body):
+    """Reply of `POST /v1/classify`."""
+
+    object: Literal["list"] = "list"
+    data: list[Classification]
+    model: str
+    usage: Usage
+
+
+class ModelFacts(Body):
+    """What fmray adds to OpenAI's model object."""
+
+    modalities: list[str]
+    dim: int
+    """Width of an embedding."""
+    max_length: int
+    """Tokens of a text."""
+    image_size: int
+    """Side of the square that a picture becomes."""
+    limits: dict[str, float]
+    """What one request may hold."""
+
+
+class ModelObject(Body):
+    """A served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    """Seconds since 1970 at which it was loaded."""
+    owned_by: str = "fmray"
+    fmray: ModelFacts
+
+
+class ModelList(Body):
+    """Reply of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class Health(Body):
+    """Reply of `GET /health`: the process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ErrorFacts(Body):
+    """What went wrong, for a program and for a person."""
+
+    message: str
+    type: str
+    param: str | None
+    """`input[3]`: where in the request."""
+    code: str
+
+
+class ErrorReply(Body):
+    """Every reply with a status of 400 or more."""
+
+    error: ErrorFacts

@@ -1,0 +1,90 @@
+"""A real, tiny CLIP checkpoint on disk, a real server for it, and pictures to send."""
+
+from __future__ import annotations
+
+import base64
+import io
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from fmray.models.saved import save_dual_encoder
+from tests.tiny import tiny_model
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,!?"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per letter, at most the 50 of `tiny_config`."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *LETTERS]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+
+
+def save_tiny_checkpoint(folder: Path, **options: object) -> str:
+    save_dual_encoder(tiny_model(**options).eval(), tiny_tokenizer(), folder)  # type: ignore[arg-type]
+    return str(folder)
+
+
+def picture(color: str = "red", size: tuple[int, int] = (20, 24), kind: str = "PNG", mode: str = "RGB") -> bytes:
+    """A picture with some structure, so that its size and orientation matter."""
+    image = Image.linear_gradient("L").resize(size).convert("RGB")
+    image.paste(color, (0, 0, size[0] // 2, size[1] // 2))
+    out = io.BytesIO()
+    image.convert(mode).save(out, kind)
+    return out.getvalue()
+
+
+def data_url(data: bytes, mime: str = "image/png") -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The app behind a real uvicorn in a thread; yields its address."""
+    torch.set_num_threads(1)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", access_log=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.started, "uvicorn did not start"
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive(), "uvicorn did not end"
