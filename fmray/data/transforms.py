@@ -1,7 +1,7 @@
 """From encoded pictures to pixels: decoding that survives hostile files, backgrounds, batched augmentation.
 
 B rows  C channels  H,W pixels  S side of the square input. Everything random is a function of a row's own
-seed, so a row looks the same whatever stands beside it in the batch, on any number of workers, resumed or not.
+seed, so a row looks the same whatever stands beside it in the batch, on any worker, resumed or not.
 """
 
 from __future__ import annotations
@@ -25,17 +25,9 @@ from fmray.errors import DataError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What is decoded; Pillow's other forty decoders stay shut."""
 
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError)
-_BROKEN_TOO = (
-    struct.error,
-    zlib.error,
-    SystemError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-_UNREADABLE = (
-    _BROKEN + _BROKEN_TOO
-)  # what Pillow raises for damaged bytes, seen by flipping them (test_transforms)
+# What Pillow raises for damaged bytes (test_transforms flips them): OSError is its own, the rest slips by.
+_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -45,8 +37,8 @@ def decode_rgba(data: bytes, image: ImageConfig, *, name: str, max_pixels: int =
     """One encoded picture as uint8 [4, S, S]: straight (not premultiplied) alpha, 255 where there is none.
 
     Turned upright by its EXIF orientation; the first frame of an animation; 16 bits are scaled to 8. `crop`
-    cuts the centre square, `stretch` ignores the proportions, `pad` adds white borders (transparent ones where
-    the picture has an alpha channel). Raises DataError with the sample's name: not a picture, damaged,
+    cuts the centre square, `stretch` ignores the proportions, `pad` adds white borders (transparent ones
+    where the picture has an alpha channel). Raises DataError with the sample's name: not a picture, damaged,
     truncated, or more than `max_pixels` by its header, which is read before anything is decoded.
     """
     if not data:
@@ -55,9 +47,9 @@ def decode_rgba(data: bytes, image: ImageConfig, *, name: str, max_pixels: int =
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise DataError(f"{name}: is not a PNG, JPEG, WebP, GIF or BMP picture") from None
-    except Image.DecompressionBombError:
-        raise DataError(f"{name}: has more than the allowed {max_pixels:,} pixels") from None
-    except _UNREADABLE as error:
+    except _BOMB as error:  # Pillow's own limit, 179 million
+        raise DataError(f"{name}: has too many pixels to decode ({_first_line(error)})") from None
+    except _DAMAGED as error:
         raise DataError(f"{name}: the picture is damaged ({_first_line(error)})") from None
     if opened.width * opened.height > max_pixels:
         size = f"{opened.width} x {opened.height}"
@@ -67,7 +59,7 @@ def decode_rgba(data: bytes, image: ImageConfig, *, name: str, max_pixels: int =
             None, (2 * image.size, 2 * image.size)
         )  # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its side
         fitted = _fit(_rgb_or_rgba(ImageOps.exif_transpose(opened)), image)
-    except _UNREADABLE as error:
+    except (*_DAMAGED, *_BOMB) as error:
         raise DataError(f"{name}: the picture is truncated or damaged ({_first_line(error)})") from None
     pixels_HWC = torch.from_numpy(np.array(fitted.convert("RGBA")))
     return pixels_HWC.permute(2, 0, 1).contiguous()
@@ -194,7 +186,7 @@ def _grid(uniform_B5: Tensor, config: AugmentConfig, height: int, width: int) ->
 
 
 def _recolor(premultiplied_B4HW: Tensor, uniform_B3: Tensor, strength: float) -> None:
-    """Brightness, then contrast about middle grey, then saturation, each by a factor of 1 ± strength, in place."""
+    """In place: brightness, contrast about middle grey, saturation, each by a factor of 1 ± strength."""
     factor_B3 = (1 + (2 * uniform_B3 - 1) * strength).float()
     bright_B, contrast_B, saturation_B = (f_B[:, None, None, None] for f_B in factor_B3.unbind(1))
     color_B3HW, alpha_B1HW = premultiplied_B4HW[:, :3], premultiplied_B4HW[:, 3:]
