@@ -19,12 +19,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from fmray.config.schema import DataConfig, EmojiSource, EvaluateConfig, EvaluateRunConfig, ImageConfig
+from fmray.config.schema import (
+    DataConfig,
+    EmojiSource,
+    EvaluateConfig,
+    EvaluateRunConfig,
+    FolderSource,
+    ImageConfig,
+    SourceConfig,
+)
 from fmray.data.sources import Source, open_source
 from fmray.data.transforms import compose, decode_rgba, white
 from fmray.errors import DataError
-from fmray.evaluation.retrieval import PairEmbeddings, evaluate_retrieval, slices
-from fmray.evaluation.zero_shot import class_embeddings
+from fmray.evaluation.retrieval import PairEmbeddings, evaluate_retrieval, own_share, slices
+from fmray.evaluation.zero_shot import ZeroShot, class_embeddings, evaluate_zero_shot
 from fmray.models.clip import DualEncoder
 from fmray.models.saved import LoadedDualEncoder, load_dual_encoder
 from fmray.runtime.context import Context
@@ -89,6 +97,7 @@ def embed_batch(
     device = encoder.model.device
     batch = PairEmbeddings(
         embed_pictures(encoder, torch.stack(pixels)),
+        torch.arange(part.start, part.stop, device=device),
         embed_texts(encoder, captions, templates),
         torch.tensor(owner, device=device),
         torch.tensor([caption_key(caption) for caption in captions], device=device),
@@ -142,6 +151,23 @@ def measuring(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def embedded_splits(
+    encoder: LoadedDualEncoder, data: DataConfig, evaluate: EvaluateConfig, context: Context
+) -> Iterator[tuple[str, Source, PairEmbeddings]]:
+    """What is measured: (prefix of metrics, test split, this rank's pairs); for emoji one per language."""
+    sources: dict[str, SourceConfig] = {"eval": data.source}
+    if isinstance(data.source, EmojiSource):
+        sources = {
+            "eval" if language == "en" else f"eval/{language}": data.source.replace(languages=(language,))
+            for language in evaluate.languages
+        }
+    for prefix, config in sources.items():
+        source = open_source(config, "test")
+        with measuring(encoder.model):
+            pairs = embed_pairs(encoder, source, evaluate, data.max_bad_share, context)
+        yield prefix, source, pairs
+
+
 def evaluate_pairs(
     model: DualEncoder,
     tokenizer: PreTrainedTokenizerFast,
@@ -153,35 +179,43 @@ def evaluate_pairs(
 ) -> Metrics:
     """Retrieval on the test split, for emoji names in each language; every rank gets the same numbers.
 
-    Names: `eval/image_to_text/r5`, …; languages other than English: `eval/ko/image_to_text/r5`. Emoji are
-    found by their names, not by aliases. Raises DataError as `embed_pairs` and `evaluate_retrieval` do.
+    Names: `eval/image_to_text/r5`, …; languages other than English: `eval/ko/image_to_text/r5`. The model
+    stays in the mode it was in. Raises DataError as `embed_pairs` and `evaluate_retrieval` do.
     """
     encoder = LoadedDualEncoder(model, tokenizer, image, max_tokens)
-    sources: dict[str, Source] = {}
-    if isinstance(data.source, EmojiSource):
-        for language in evaluate.languages:
-            prefix = "eval" if language == "en" else f"eval/{language}"
-            sources[prefix] = open_source(data.source.replace(languages=(language,), aliases=False), "test")
-    else:
-        sources["eval"] = open_source(data.source, "test")
     metrics: Metrics = {}
-    with measuring(model):
-        for prefix, source in sources.items():
-            pairs = embed_pairs(encoder, source, evaluate, data.max_bad_share, context)
-            metrics |= evaluate_retrieval(pairs, context, prefix)
+    for prefix, _, pairs in embedded_splits(encoder, data, evaluate, context):
+        metrics |= evaluate_retrieval(pairs, context, prefix)
     return metrics
 
 
+def classify_folders(source: Source, own: PairEmbeddings, context: Context) -> tuple[list[str], ZeroShot]:
+    """Zero-shot classification of a folder of classes: their names, and the result. A caption is a class."""
+    pairs, image_key_N, text_key_C = own.gathered(context).distinct()
+    label_N = (image_key_N[:, None] == text_key_C).int().argmax(dim=1)
+    first_C = pairs.sample_N[pairs.owner_P].tolist()
+    names = [source.name(index).split("/")[0].replace("_", " ") for index in first_C]
+    mine, labels = own_share(pairs.image_ND, context), own_share(label_N, context)
+    return names, evaluate_zero_shot(mine, labels, pairs.text_PD, context)
+
+
 def evaluate(config: EvaluateRunConfig, context: Context) -> Metrics:
-    """Measure a saved model; reports, and writes `evaluation.json` in the run folder."""
+    """Measure a saved model; reports, and writes `evaluation.json` in the run folder.
+
+    Retrieval always; a folder of classes is also classified, with the confusion matrix in the file.
+    """
     started = time.perf_counter()
     loaded = load_dual_encoder(config.checkpoint, context.device)
-    metrics = evaluate_pairs(
-        loaded.model, loaded.tokenizer, loaded.image, loaded.max_tokens, config.data, config.evaluate, context
-    )
+    metrics: Metrics = {}
+    result: dict[str, object] = {"checkpoint": config.checkpoint, "metrics": metrics}
+    for prefix, source, pairs in embedded_splits(loaded, config.data, config.evaluate, context):
+        metrics |= evaluate_retrieval(pairs, context, prefix)
+        if isinstance(config.data.source, FolderSource):
+            names, zero_shot = classify_folders(source, pairs, context)
+            metrics |= zero_shot.metrics
+            result |= {"classes": names, "confusion": zero_shot.confusion_CC.tolist()}
     metrics["time/evaluate"] = time.perf_counter() - started
     context.report(0, metrics)
     if context.rank == 0:
-        result = {"checkpoint": config.checkpoint, "metrics": metrics}
-        context.folder.write_text(json.dumps(result, indent=2) + "\n", "evaluation.json")
+        context.folder.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "evaluation.json")
     return metrics

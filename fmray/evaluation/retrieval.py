@@ -127,12 +127,14 @@ def own_share(rows: Tensor, context: Context) -> Tensor:
 class PairEmbeddings:
     """Embedded pictures and their captions.
 
-    `PairEmbeddings(image_ND, text_PD, owner_P=tensor([0, 0, 1]), caption_P=tensor([7, 9, 7]))`: two pictures,
-    the first with two captions, one of which the second has too.
+    `PairEmbeddings(image_ND, tensor([4, 5]), text_PD, tensor([0, 0, 1]), tensor([7, 9, 7]))`: samples 4 and
+    5, the first with two captions, one of which the second has too.
     """
 
     image_ND: Tensor
     """float32, unit norm."""
+    sample_N: Tensor
+    """int64: the sample's place in its split."""
     text_PD: Tensor
     """float32, unit norm."""
     owner_P: Tensor
@@ -146,6 +148,7 @@ class PairEmbeddings:
         starts = itertools.accumulate((len(part.image_ND) for part in parts), initial=0)
         return cls(
             torch.cat([part.image_ND for part in parts]),
+            torch.cat([part.sample_N for part in parts]),
             torch.cat([part.text_PD for part in parts]),
             torch.cat([part.owner_P + start for part, start in zip(parts, starts, strict=False)]),
             torch.cat([part.caption_P for part in parts]),
@@ -155,13 +158,20 @@ class PairEmbeddings:
         """The pictures where `keep_N` (bool) is true, and their captions."""
         keep_P, new_row_N = keep_N[self.owner_P], keep_N.cumsum(0) - 1
         owner_P = new_row_N[self.owner_P[keep_P]]
-        return PairEmbeddings(self.image_ND[keep_N], self.text_PD[keep_P], owner_P, self.caption_P[keep_P])
+        return PairEmbeddings(
+            self.image_ND[keep_N],
+            self.sample_N[keep_N],
+            self.text_PD[keep_P],
+            owner_P,
+            self.caption_P[keep_P],
+        )
 
     def gathered(self, context: Context) -> PairEmbeddings:
         """The pairs of all ranks, on every rank; needs memory for (N + P)·D numbers."""
         counts = context.gather(torch.tensor([len(self.image_ND)], device=self.image_ND.device))
         return PairEmbeddings(
             gather_rows(self.image_ND, context),
+            gather_rows(self.sample_N, context),
             gather_rows(self.text_PD, context),
             gather_rows(self.owner_P + counts[: context.rank].sum(), context),
             gather_rows(self.caption_P, context),
@@ -185,10 +195,8 @@ class PairEmbeddings:
                 break
             image_key_N = lower_N
         once_P = first_G[group_P] == row_P
-        kept = PairEmbeddings(
-            self.image_ND, self.text_PD[once_P], self.owner_P[once_P], self.caption_P[once_P]
-        )
-        return kept, image_key_N, key_G[group_P][once_P]
+        text = self.text_PD[once_P], self.owner_P[once_P], self.caption_P[once_P]
+        return PairEmbeddings(self.image_ND, self.sample_N, *text), image_key_N, key_G[group_P][once_P]
 
 
 def evaluate_retrieval(own: PairEmbeddings, context: Context, prefix: str = "eval") -> Metrics:

@@ -119,6 +119,7 @@ def test_a_query_without_positive_is_an_error() -> None:
 # Two pictures of dogs share "dog"; the second is also "puppy"; a cat has two captions of its own.
 SHARED = PairEmbeddings(
     image_ND=torch.eye(3),
+    sample_N=torch.arange(3),
     text_PD=torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 0.6, 0.8], [0, 0.6, 0.8], [0, 0, 1.0]]),
     owner_P=torch.tensor([0, 1, 1, 2, 2]),
     caption_P=torch.tensor([70, 70, -5, 33, 34]),
@@ -144,13 +145,14 @@ def test_retrieval_of_several_captions_per_picture_in_closed_form() -> None:
 
 def test_chains_of_shared_captions_are_one_group() -> None:
     owner, caption = torch.tensor([0, 1, 1, 2, 2, 3]), torch.tensor([1, 1, 2, 2, 3, 9])
-    pairs = PairEmbeddings(torch.eye(4), torch.zeros(6, 4), owner, caption)
+    pairs = PairEmbeddings(torch.eye(4), torch.arange(4), torch.zeros(6, 4), owner, caption)
     assert pairs.distinct()[1].tolist() == [0, 0, 0, 3]
 
 
 def test_keeping_and_joining_pairs_renumbers_the_owners() -> None:
     kept = SHARED.only(torch.tensor([True, False, True]))
     assert (kept.owner_P.tolist(), kept.caption_P.tolist()) == ([0, 1, 1], [70, 33, 34])
+    assert kept.sample_N.tolist() == [0, 2]
     assert PairEmbeddings.joined([kept, SHARED]).owner_P.tolist() == [0, 1, 1, 2, 3, 3, 4, 4]
     assert PairEmbeddings.joined([SHARED.only(torch.zeros(3, dtype=torch.bool))]).owner_P.tolist() == []
 
@@ -171,7 +173,7 @@ def random_pairs(images: int) -> PairEmbeddings:
     text = F.normalize(image[owner] + 0.9 * torch.randn(len(owner), 16, generator=random), dim=1)
     caption = torch.arange(len(owner))
     caption[::7] = caption[::7] // 2 * 2
-    return PairEmbeddings(image, text, owner, caption)
+    return PairEmbeddings(image, torch.arange(images), text, owner, caption)
 
 
 def share_of(pairs: PairEmbeddings, rank: int, world_size: int) -> PairEmbeddings:

@@ -1,0 +1,291 @@
+"""A run's report: one HTML file with everything in it, readable on a phone and in the dark, without a script.
+
+Names, captions and answers come from outside: all text is escaped, pictures are decoded and encoded anew,
+and the page's Content-Security-Policy forbids scripts and every load from elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image
+
+from fmray.config.schema import ImageConfig
+from fmray.data.transforms import decode_rgba
+from fmray.pipeline.charts import COLORS, Line, line_chart, number
+
+THUMBNAIL = ImageConfig(size=144, fit="pad")
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One result of the first screen. `Tile("R@5, image to text", "0.53", "bar 0.50")`."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LineChart:
+    """Curves on one axis. `LineChart("Loss", (Line("loss", ((1, 5.5), (2, 5.1))),), "step", "nats")`."""
+
+    title: str
+    lines: tuple[Line, ...]
+    x_label: str
+    y_label: str
+    from_zero: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One of the answers to a gallery's query, best first: a caption, or a picture with its name."""
+
+    text: str
+    score: float
+    right: bool
+    picture: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exhibit:
+    """A query and its best answers. `Exhibit("dog face", png, (Answer("dog", 0.7, True), …), "rank 1")`."""
+
+    title: str
+    picture: bytes | None
+    """Encoded as its source gave it; None where the query is a text."""
+    answers: tuple[Answer, ...]
+    badge: str = ""
+    good: bool = True
+    """The badge's tone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Queries with their answers, the right ones marked."""
+
+    title: str
+    exhibits: tuple[Exhibit, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Counts, the true class in rows, the predicted one in columns."""
+
+    title: str
+    names: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of text; a column whose cells are all numbers is right-aligned. `wide` takes the page's width."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | int, ...], ...]
+    note: str = ""
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """Amounts side by side. `Bars("Time by phase", (("train", 182.0), ("serve", 9.5)), "s")`."""
+
+    title: str
+    amounts: tuple[tuple[str, float], ...]
+    unit: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Paragraphs, separated by empty lines."""
+
+    title: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Something to copy: a configuration, a command. Longer than a few lines, it opens on a click."""
+
+    title: str
+    code: str
+    collapsed: bool = True
+
+
+Section = LineChart | Gallery | Matrix | Table | Bars | Text | Code
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Title, a line below it, the first screen's tiles, then sections in order."""
+
+    title: str
+    subtitle: str
+    tiles: tuple[Tile, ...]
+    sections: tuple[Section, ...]
+
+
+def write_report(report: Report, path: Path) -> Path:
+    """One file, replaced whole. Raises DataError where a picture cannot be decoded, OSError as usual."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(render(report), encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def render(report: Report) -> str:
+    """The page's HTML."""
+    sections = list(enumerate(report.sections))
+    contents = "".join(f'<li><a href="#s{i}">{escape(section.title)}</a></li>' for i, section in sections)
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(report.title),
+        subtitle=escape(report.subtitle),
+        tiles="".join(_tile(tile) for tile in report.tiles),
+        contents=contents,
+        sections="\n".join(_section(section, f"s{i}") for i, section in sections),
+    )
+
+
+def _tile(tile: Tile) -> str:
+    note = f'<p class="note">{escape(tile.note)}</p>' if tile.note else ""
+    return f'<div class="tile"><dt>{escape(tile.label)}</dt><dd>{escape(tile.value)}{note}</dd></div>'
+
+
+def _section(section: Section, anchor: str) -> str:
+    half = isinstance(section, LineChart | Bars) or (isinstance(section, Table) and not section.wide)
+    note = "" if isinstance(section, Text | Code) or not section.note else f"<p>{escape(section.note)}</p>"
+    body = _BODY[type(section)](section)
+    return (
+        f'<section id="{anchor}" class="{"half" if half else "full"}" aria-labelledby="{anchor}-title">'
+        f'<h2 id="{anchor}-title">{escape(section.title)}</h2>{note}{body}</section>'
+    )
+
+
+def _line_chart(chart: LineChart) -> str:
+    names = [
+        f'<li><span class="swatch swatch-{i % COLORS}"></span>{escape(line.name)}'
+        + (f" <b>{number(line.finite[-1][1])}</b></li>" if line.finite else "</li>")
+        for i, line in enumerate(chart.lines)
+    ]
+    svg = line_chart(chart.lines, chart.x_label, chart.y_label, from_zero=chart.from_zero)
+    return f'<ul class="legend">{"".join(names)}</ul>{svg}'
+
+
+def _gallery(gallery: Gallery) -> str:
+    return f'<div class="gallery">{"".join(_exhibit(exhibit) for exhibit in gallery.exhibits)}</div>'
+
+
+def _exhibit(exhibit: Exhibit) -> str:
+    tone = "good" if exhibit.good else "bad"
+    badge = f'<span class="badge {tone}">{escape(exhibit.badge)}</span>' if exhibit.badge else ""
+    picture = _picture(exhibit.picture, exhibit.title) if exhibit.picture is not None else ""
+    answers = "".join(_answer(answer) for answer in exhibit.answers)
+    kind = "pictures" if any(answer.picture is not None for answer in exhibit.answers) else "texts"
+    head = f"<header>{picture}<h3>{escape(exhibit.title)}</h3>{badge}</header>"
+    return f'<article>{head}<ol class="{kind}">{answers}</ol></article>'
+
+
+def _answer(answer: Answer) -> str:
+    mark = '<span class="mark" role="img" aria-label="right">✓</span>' if answer.right else ""
+    picture = _picture(answer.picture, answer.text) if answer.picture is not None else ""
+    words = f"{picture}{mark}<span class=words>{escape(answer.text)}</span> <small>{answer.score:.2f}</small>"
+    return f'<li class="{"right" if answer.right else "other"}">{words}</li>'
+
+
+def _matrix(matrix: Matrix) -> str:
+    head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in matrix.names)
+    rows = []
+    for name, counts in zip(matrix.names, matrix.counts, strict=True):
+        cells = "".join(_cell(count, count / max(1, sum(counts))) for count in counts)
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+    corner = '<td class="corner">true class ↓ &nbsp; predicted →</td>'
+    return f'<div class="scroll"><table class="matrix"><tr>{corner}{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _cell(count: int, share: float) -> str:
+    tone = "strong" if share > 0.5 else "weak" if count else "zero"
+    return f'<td class="{tone}" style="--share:{share:.3f}">{count or "·"}</td>'
+
+
+def _table(table: Table) -> str:
+    numeric = [
+        bool(table.rows) and all(isinstance(row[i], int | float) for row in table.rows)
+        for i in range(len(table.columns))
+    ]
+    kinds = ["number" if is_number else "word" for is_number in numeric]
+    head = "".join(
+        f'<th scope="col" class="{k}">{escape(c)}</th>' for k, c in zip(kinds, table.columns, strict=True)
+    )
+    rows = "".join(
+        "<tr>"
+        + "".join(f'<td class="{k}">{_value(cell)}</td>' for k, cell in zip(kinds, row, strict=True))
+        + "</tr>"
+        for row in table.rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _value(cell: str | float | int) -> str:
+    return escape(cell) if isinstance(cell, str) else number(cell)
+
+
+def _bars(bars: Bars) -> str:
+    most = max((amount for _, amount in bars.amounts), default=0.0) or 1.0
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td class="number">{amount:,.1f} {escape(bars.unit)}</td>'
+        f'<td class="bar"><span style="--share:{max(0.0, amount) / most:.3f}"></span></td></tr>'
+        for name, amount in bars.amounts
+    )
+    return f'<table class="bars">{rows}</table>'
+
+
+def _text(text: Text) -> str:
+    return "".join(f"<p>{escape(paragraph)}</p>" for paragraph in text.body.split("\n\n"))
+
+
+def _code(code: Code) -> str:
+    block = f'<pre tabindex="0"><code>{escape(code.code)}</code></pre>'
+    if not code.collapsed:
+        return block
+    lines = len(code.code.splitlines())
+    return f"<details><summary>Show {lines} lines</summary>{block}</details>"
+
+
+_BODY: dict[type, Callable[[Any], str]] = {
+    LineChart: _line_chart,
+    Gallery: _gallery,
+    Matrix: _matrix,
+    Table: _table,
+    Bars: _bars,
+    Text: _text,
+    Code: _code,
+}
+
+
+def _picture(data: bytes, name: str) -> str:
+    return f'<img src="{_data_uri(data)}" alt="{escape(name)}" width="72" height="72" loading="lazy">'
+
+
+@cache
+def _data_uri(data: bytes) -> str:
+    """A thumbnail as WebP; decoding first keeps what is hidden in a file out of the page."""
+    rgba_4HW = decode_rgba(data, THUMBNAIL, name="a picture of the report")
+    stream = io.BytesIO()
+    Image.fromarray(rgba_4HW.permute(1, 2, 0).numpy()).save(stream, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
