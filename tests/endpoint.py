@@ -47,16 +47,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_checkpoint(folder: Path, **options: object) -> str:
-    save_dual_encoder(tiny_model(**options).eval(), tiny_tokenizer(), folder)  # type: ignore[arg-type]
+    model = tiny_model(**options).eval()
+    vars(model.config).pop("temperature", None)  # transformers refuses to save this name; the weights hold it
+    save_dual_encoder(model, tiny_tokenizer(), folder)
     return str(folder)
 
 
-def picture(color: str = "red", size: tuple[int, int] = (20, 24), kind: str = "PNG", mode: str = "RGB") -> bytes:
+def picture(color: str = "red", size: tuple[int, int] = (20, 24), kind: str = "PNG", **save: object) -> bytes:
     """A picture with some structure, so that its size and orientation matter."""
     image = Image.linear_gradient("L").resize(size).convert("RGB")
     image.paste(color, (0, 0, size[0] // 2, size[1] // 2))
     out = io.BytesIO()
-    image.convert(mode).save(out, kind)
+    image.save(out, kind, **save)
     return out.getvalue()
 
 

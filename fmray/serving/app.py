@@ -30,11 +30,11 @@ from fmray.serving.schemas import (
     EmbeddingsRequest,
     ErrorReply,
     Health,
+    Item,
     LabelScore,
     ModelFacts,
     ModelList,
     ModelObject,
-    OneOrMany,
     Usage,
 )
 from fmray.serving.zero_shot import NEUTRAL, LabelVectors, check_labels, probabilities
@@ -134,18 +134,16 @@ class Endpoint:
     async def classify(self, body: ClassifyRequest) -> Response:
         """Which label fits each picture, with probabilities, best first."""
         self._check_model(body.model)
-        templates = [body.template] if isinstance(body.template, str) else body.template
-        check_labels(body.labels, templates, max_labels=self._config.max_labels)
+        check_labels(body.labels, body.template, max_labels=self._config.max_labels)
         asks = await self._read(body.input, "image")
         neutral = [NEUTRAL] if body.multi_label else []
-        labels = await self._labels.of([*body.labels, *neutral], templates)
+        labels = await self._labels.of([*body.labels, *neutral], body.template)
         images = await self._runner.answer(asks)
         usage = _usage(asks, [*labels, *images])
         reply = await self._runner.on_cpu(self._classify_reply, body, images, labels, usage)
         return Response(reply, media_type=JSON)
 
-    async def _read(self, value: OneOrMany, modality: Modality, truncate: bool = True) -> list[Ask]:
-        items = value if isinstance(value, list) else [value]
+    async def _read(self, items: Sequence[Item], modality: Modality, truncate: bool = True) -> list[Ask]:
         return await self._runner.on_cpu(
             lambda: read_asks(
                 items,

@@ -26,7 +26,7 @@ GRACE_SECONDS = 30
 def serve(config: ServeConfig) -> None:
     """Serve `config.checkpoint` until SIGTERM or SIGINT, then end cleanly.
 
-    May raise MissingExtra, CheckpointError or ResourceError (port in use, cluster too small) before it serves.
+    May raise MissingExtra, CheckpointError or ResourceError (port in use, cluster too small) before that.
     """
     _need("serve", "fastapi", "uvicorn")
     if config.runtime.kind == "ray":

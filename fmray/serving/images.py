@@ -80,6 +80,6 @@ def pixels_of(images: Sequence[tuple[bytes, str]], image: ImageConfig, *, max_pi
             message = str(error).split(" (")[
                 0
             ]  # what stands in brackets is Pillow's own text, and may hold an address
-            code = "image_too_large_pixels" if "more than the allowed" in message else "invalid_image"
+            code = "image_too_large_pixels" if " pixels" in message else "invalid_image"
             raise RequestError(400, code, message, name) from None
     return compose(torch.stack(rgba), white(len(rgba)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     FailFast,
@@ -16,6 +18,17 @@ from pydantic import (
     Tag,
     field_validator,
 )
+from pydantic_core import PydanticCustomError
+
+
+def _valid_unicode(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise PydanticCustomError("invalid_value", "half a surrogate pair is not text")
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_valid_unicode)]
+"""A string that can be encoded: JSON can spell some that cannot."""
 
 MOST_ITEMS = 65_536
 """Items that a list is parsed to at most, whatever is configured: bounds a hostile body's memory."""
@@ -34,13 +47,13 @@ class TextPart(Body):
     """`{"type": "text", "text": "a red heart"}`, or without the type (Jina)."""
 
     type: Literal["text"] = "text"
-    text: StrictStr
+    text: Text
 
 
 class ImageUrl(Body):
     """`{"url": "data:image/png;base64,…"}`; `detail` is ignored."""
 
-    url: StrictStr
+    url: Text
 
 
 class ImageUrlPart(Body):
@@ -58,7 +71,7 @@ class ImageUrlPart(Body):
 class ImagePart(Body):
     """`{"image": "data:image/png;base64,…"}` (Jina)."""
 
-    image: StrictStr
+    image: Text
 
 
 def _kind(value: Any) -> str | None:
@@ -70,7 +83,7 @@ def _kind(value: Any) -> str | None:
 
 
 Item = Annotated[
-    Annotated[StrictStr, Tag("string")]
+    Annotated[Text, Tag("string")]
     | Annotated[TextPart, Tag("text")]
     | Annotated[ImageUrlPart, Tag("image_url")]
     | Annotated[ImagePart, Tag("image")],
@@ -85,16 +98,26 @@ Item = Annotated[
 ]
 """A text, or a picture as a base64 `data:` URL."""
 
-Items = Annotated[list[Item], FailFast(), Field(max_length=MOST_ITEMS)]
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
 
 
-def _one_or_many(value: Any) -> str:
-    return "many" if isinstance(value, list) else "one"
-
-
-OneOrMany = Annotated[
-    Annotated[Items, Tag("many")] | Annotated[Item, Tag("one")], Discriminator(_one_or_many)
+Items = Annotated[
+    list[Item],
+    FailFast(),
+    Field(max_length=MOST_ITEMS),
+    BeforeValidator(_as_list, json_schema_input_type=Item | list[Item]),
 ]
+"""One item or a list of them."""
+
+Strings = Annotated[
+    list[Text],
+    FailFast(),
+    Field(max_length=MOST_ITEMS),
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+]
+"""One string or a list of them."""
 
 
 # --------------------------------------------------------------------------------------------------- requests
@@ -106,9 +129,9 @@ class EmbeddingsRequest(Body):
     Ignored: `user` and every other OpenAI field that is not listed. Vectors always have norm 1.
     """
 
-    model: StrictStr
+    model: Text
     """Id of the served model."""
-    input: OneOrMany
+    input: Items
     """A text, an image as a `data:` URL, a part, or a list of these in any mixture."""
     encoding_format: Literal["float", "base64"] = "float"
     """`base64`: little-endian float32, what the openai client asks for by default."""
@@ -125,15 +148,13 @@ class EmbeddingsRequest(Body):
 class ClassifyRequest(Body):
     """Body of `POST /v1/classify`: which of these labels fits the picture?"""
 
-    model: StrictStr
+    model: Text
     """Id of the served model."""
-    input: OneOrMany
+    input: Items
     """An image or a list of images, in any of the shapes that `/v1/embeddings` takes."""
-    labels: Annotated[list[StrictStr], FailFast(), Field(max_length=MOST_ITEMS)]
+    labels: Annotated[list[Text], FailFast(), Field(max_length=MOST_ITEMS)]
     """Different, non-empty names."""
-    template: StrictStr | Annotated[list[StrictStr], FailFast(), Field(max_length=MOST_ITEMS)] = (
-        "a photo of a {}"
-    )
+    template: Strings = ["a photo of a {}"]
     """Sentence around a label, `{}` standing for it; several: the mean of their unit vectors (ensemble)."""
     top_k: Annotated[StrictInt, Field(ge=1)] | None = None
     """Only the best labels in `probs`; None: all."""
