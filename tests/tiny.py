@@ -21,7 +21,7 @@ def tiny_config(*, dropout: float = 0.0, objective: str = "infonce", width: int 
         vision_pooling="cls",
         text_pooling="mean",
         objective=objective,
-        temperature=0.2,
+        initial_temperature=0.2,
         dropout=dropout,
         max_tokens=12,
     )

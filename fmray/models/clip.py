@@ -65,7 +65,7 @@ class DualEncoderConfig(PreTrainedConfig):
         vision_projection: Literal["linear", "identity"] = "linear",
         text_projection: Literal["linear", "identity"] = "linear",
         objective: Literal["infonce", "siglip"] = "infonce",
-        temperature: float = 0.07,
+        initial_temperature: float = 0.07,
         dropout: float = 0.0,
         hold_batch_norm: bool = True,
         max_tokens: int = 77,
@@ -79,7 +79,7 @@ class DualEncoderConfig(PreTrainedConfig):
         self.vision_pooling, self.text_pooling = vision_pooling, text_pooling
         self.vision_projection, self.text_projection = vision_projection, text_projection
         self.objective = objective
-        self.temperature = temperature
+        self.initial_temperature = initial_temperature
         self.dropout = dropout
         self.hold_batch_norm = hold_batch_norm
         self.max_tokens = max_tokens
@@ -144,7 +144,7 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
         self.vision_projection = _projection(config.vision_projection, config.vision_config, config.embed_dim, "vision")
         self.text_projection = _projection(config.text_projection, config.text_config, config.embed_dim, "text")
         self.dropout = nn.Dropout(config.dropout)
-        self.temperature = Temperature(config.temperature, with_bias=config.objective == "siglip")
+        self.temperature = Temperature(config.initial_temperature, with_bias=config.objective == "siglip")
         self.image = ImageConfig.model_validate(config.image)
         self.post_init()
 
@@ -226,7 +226,7 @@ def build_dual_encoder(
         text_pooling=default_pooling(text_config) if model.text.pooling == "auto" else model.text.pooling,
         text_projection=model.text_projection,
         objective=objective.kind,
-        temperature=objective.temperature or default_temperature,
+        initial_temperature=objective.temperature or default_temperature,
         dropout=model.dropout,
         hold_batch_norm=model.vision.pretrained,
         max_tokens=data.max_tokens,

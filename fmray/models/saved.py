@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -37,7 +38,11 @@ class LoadedDualEncoder:
 
 def save_dual_encoder(model: DualEncoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """config.json, model.safetensors, the tokenizer and a preprocessor_config.json that transformers reads."""
-    model.save_pretrained(folder)
+    # not `save_pretrained`: it imports accelerate and with it deepspeed, seconds for every process that saves
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_preparation(model, tokenizer, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -18,6 +19,14 @@ from fmray.config.schema import RuntimeConfig
 from fmray.errors import ResourceError
 from fmray.runtime.run_folder import RunFolder
 from fmray.types import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. `Outcome(steps=200, finished=True)`; not finished: it was told to stop, and has saved."""
+
+    steps: int
+    finished: bool
 
 
 class Context(Protocol):
@@ -40,6 +49,10 @@ class Context(Protocol):
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks."""
+        ...
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Every rank's text, in the order of ranks."""
         ...
 
     def barrier(self) -> None:
@@ -80,6 +93,13 @@ class WorkerContext:
         dist.all_reduce(total)
         return total
 
+    def gather_texts(self, text: str) -> list[str]:
+        if self.world_size == 1:
+            return [text]
+        texts: list[str] = [""] * self.world_size
+        dist.all_gather_object(texts, text)
+        return texts
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -106,6 +126,15 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
 def threads_per_worker(runtime: RuntimeConfig) -> int:
     """Torch threads of each worker, said explicitly so that local and Ray runs compare equal."""
     return runtime.threads or max(1, (os.cpu_count() or 1) // max(runtime.worker_counts))
+
+
+def prepare_process(runtime: RuntimeConfig) -> None:
+    """Threads, and libraries that talk less, for a process that computes."""
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(threads_per_worker(runtime))
+    transformers_logging.disable_progress_bar()  # ours is the one that people watch
+    logging.captureWarnings(True)
 
 
 @contextmanager

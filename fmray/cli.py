@@ -1,0 +1,122 @@
+"""The doors of fmray as one command. `jobs/*.py` call the same functions.
+
+Each door parses its configuration before it imports torch, opens one room, and turns every expected error into one line.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from fmray.config.loading import HelpRequested, load_config
+from fmray.config.recipes import EVALUATE_RECIPES, PRETRAIN_RECIPES, SERVE_RECIPES
+from fmray.config.schema import EvaluateRunConfig, PretrainConfig, ServeConfig
+from fmray.errors import TEMPORARY_FAILURE, FmrayError
+
+Arguments = Sequence[str]
+
+
+def pretrain(arguments: Arguments) -> int:
+    """Train a dual encoder (CLIP, SigLIP) on image-text pairs."""
+    config = load_config(PretrainConfig, PRETRAIN_RECIPES, arguments, door="fmray pretrain")
+    from fmray.runtime.launch import launch
+    from fmray.training.loop import pretrain as work
+    from fmray.training.preflight import check_pretrain
+
+    check_pretrain(config)
+    outcome = launch(work, config, steps=config.train.steps)
+    say(f"{outcome.steps} steps; checkpoints and metrics in {config.run.storage}/{config.run.name}")
+    return 0 if outcome.finished else TEMPORARY_FAILURE
+
+
+def evaluate(arguments: Arguments) -> int:
+    """Measure a saved model: retrieval on a test split."""
+    config = load_config(EvaluateRunConfig, EVALUATE_RECIPES, arguments, door="fmray evaluate")
+    from fmray.evaluation.embed import evaluate as work
+    from fmray.runtime.launch import launch
+
+    launch(work, config)
+    return 0
+
+
+def serve(arguments: Arguments) -> int:
+    """Answer HTTP requests with a saved model."""
+    config = load_config(ServeConfig, SERVE_RECIPES, arguments, door="fmray serve")
+    from fmray.serving.deploy import serve as run
+
+    run(config)
+    return 0
+
+
+def demo(arguments: Arguments) -> int:
+    """The whole road: real data, training, evaluation, an endpoint that is asked, a report."""
+    config = load_config(PretrainConfig, {}, ["--config-of-demo"], door="fmray demo")
+    del config
+    return 0
+
+
+def assets(arguments: Arguments) -> int:
+    """List the pinned data and weights, or fetch them: `fmray assets [fetch [NAME …]]`."""
+    from fmray.assets import fetch, list_assets
+
+    names = list(arguments)
+    if names and names[0] == "fetch":
+        for name in names[1:] or [row.name for row in list_assets()]:
+            say(f"{name}: {fetch(name)}")
+        return 0
+    for row in list_assets():
+        say(f"{row.name:<14}{'cached' if row.cached else '-':<8}{row.requirement:<42}{row.licence:<24}{row.what}")
+    return 0
+
+
+DOORS: dict[str, Callable[[Arguments], int]] = {
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "serve": serve,
+    "demo": demo,
+    "assets": assets,
+}
+
+
+def door(run: Callable[[Arguments], int], arguments: Arguments | None = None) -> int:
+    """Open a door: its exit status; an expected error is one line on standard error and status 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except HelpRequested as text:
+        say(str(text))
+        return 0
+    except FmrayError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+
+
+def say(text: str) -> None:
+    """A line on standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main(arguments: Arguments | None = None) -> int:
+    """`fmray DOOR …`"""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in DOORS:
+        return door(DOORS[words[0]], words[1:])
+    if words and words[0] == "--version":
+        from fmray import __version__
+
+        say(f"fmray {__version__}")
+        return 0
+    lines = ["usage: fmray DOOR [--recipe NAME] [--config FILE] [key=value …]", "", "doors:"]
+    lines += [f"  {name:<12}{(run.__doc__ or '').splitlines()[0]}" for name, run in DOORS.items()]
+    lines += ["", "fmray DOOR --help lists a door's recipes and keys."]
+    if words and words[0] not in ("--help", "-h"):
+        sys.stderr.write(f"error: unknown door {words[0]!r}; there are: {', '.join(DOORS)}\n")
+        return 1
+    say("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

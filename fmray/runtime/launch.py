@@ -1,0 +1,96 @@
+"""One call from a configuration to work that runs: in this process, or on Ray Train's workers.
+
+The work is a module-level function `work(config, context) -> Outcome`; it cannot tell the two apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from fmray.config.loading import dump_json
+from fmray.config.schema import ReportConfig, RunConfig, RuntimeConfig, Section
+from fmray.errors import ConfigError
+from fmray.runtime.context import Context, Outcome, WorkerContext, choose_device, prepare_process, stop_on_sigterm
+from fmray.runtime.metrics import ProgressBar, PrometheusReporter, make_reporters
+from fmray.runtime.run_folder import RunFolder
+
+
+class Launchable(Protocol):
+    """A root configuration that says where and under what name it runs."""
+
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def runtime(self) -> RuntimeConfig: ...
+    @property
+    def report(self) -> ReportConfig: ...
+
+
+Config = TypeVar("Config", bound=Section)
+Work = Callable[[Config, Context], Outcome]
+
+MAY_CHANGE = ("runtime", "report", "run", "engine", "evaluate", "train")
+"""Sections that a resumed run may have otherwise: where it runs, how it is measured, how long."""
+
+
+def launch(work: Work[Any], config: Any, *, steps: int = 0) -> Outcome:
+    """Run the work where `config.runtime` says; resumes a run of the same name. `steps` scales the progress bar."""
+    folder = RunFolder.of(config.run)
+    if config.run.fresh:
+        folder.remove()
+    prepare_folder(folder, config)
+    if config.runtime.kind == "ray":
+        from fmray.runtime.ray_train import run_on_ray
+
+        return run_on_ray(work, config, folder, steps)
+    return run_here(work, config, folder, steps)
+
+
+def prepare_folder(folder: RunFolder, config: Section) -> None:
+    """Write config.json, or refuse to resume a run that was made of something else."""
+    folder.remove("stop")
+    if folder.exists("config.json"):
+        earlier, now = json.loads(folder.read_text("config.json")), json.loads(dump_json(config))
+        for key, before, after in differences(earlier, now):
+            if key.split(".")[0] not in MAY_CHANGE or key == "run.seed":
+                cure = f"run '{folder.url}' was made with {before!r}; take another run.name, or run.fresh=true to start over"
+                raise ConfigError(key, after, cure)
+    folder.write_text(dump_json(config), "config.json")
+
+
+def differences(before: Any, after: Any, key: str = "") -> list[tuple[str, object, object]]:
+    """Keys whose values differ between two nested mappings: (dotted key, before, after)."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return [] if before == after else [(key, before, after)]
+    found = []
+    for name in [*before, *(name for name in after if name not in before)]:
+        inner = f"{key}.{name}" if key else name
+        found += differences(before.get(name), after.get(name), inner)
+    return found
+
+
+def run_here(work: Work[Any], config: Any, folder: RunFolder, steps: int) -> Outcome:
+    """Rank 0 of 1, in this process; no Ray."""
+    prepare_process(config.runtime)
+    reporters = make_reporters(config.report, folder, config.run.name)
+    if config.report.prometheus_port is not None:
+        reporters.append(PrometheusReporter(config.report.prometheus_port))
+    bar = ProgressBar(steps, config.run.name) if config.report.progress and steps else None
+    if bar is not None:
+        reporters.append(bar)
+    try:
+        with stop_on_sigterm() as asked:
+            context = WorkerContext(
+                rank=0,
+                world_size=1,
+                device=choose_device(config.runtime.device),
+                folder=folder,
+                reporters=reporters,
+                stop_flag=lambda: asked() or folder.exists("stop"),
+            )
+            return work(config, context)
+    finally:
+        if bar is not None:
+            bar.close()

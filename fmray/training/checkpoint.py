@@ -1,0 +1,203 @@
+"""Checkpoints that a killed run resumes from, bit for bit, on any engine, ZeRO stage and number of ranks.
+
+checkpoints/step-00000100/
+    model/                              what `from_pretrained` loads and an endpoint serves
+    state/tensors-00000.safetensors …   fp32 weights, Adam's moments and the average by parameter name; each rank writes its share
+    state/trainer.json                  the step
+    manifest.json                       sizes and SHA-256 of all of them, written last: without it the folder does not count
+
+There is no other state: data order, noise and schedules are functions of (seed, step, rank). Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from fmray.errors import CheckpointError
+from fmray.manifest import MANIFEST, FileSum, manifest_text, newest_good, step_folders, sum_file
+from fmray.models.clip import DualEncoder
+from fmray.models.saved import save_dual_encoder
+from fmray.runtime.context import Context
+from fmray.training.averaging import WeightAverage, whole_model
+from fmray.training.engine import Engine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """Everything that changes while learning."""
+
+    model: DualEncoder
+    tokenizer: PreTrainedTokenizerFast
+    engine: Engine
+    average: WeightAverage | None
+
+    def exported(self) -> DualEncoder:
+        """The model as it would be saved now."""
+        return whole_model(self.model, self.engine, self.average)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """The checkpoints of one run; every method is called by all ranks."""
+
+    context: Context
+    keep: int
+
+    @property
+    def _root(self) -> str:
+        return self.context.folder.path("checkpoints")
+
+    def save(self, step: int, learner: Learner, model: DualEncoder) -> None:
+        """Write a checkpoint after `step` steps; raises CheckpointError and keeps the older ones if it cannot."""
+        name = f"step-{step:08d}"
+        if self.context.rank == 0:
+            self.context.folder.remove("checkpoints", name)  # an unfinished attempt
+        self.context.barrier()
+        failure, sums = "", []
+        shares = _share_of(learner, self.context.rank, self.context.world_size)
+        try:
+            with self._staged(name) as stage:
+                sums = self._write(stage, step, learner, model, shares)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            failure = f"{'the disk is full' if full else error.strerror or error} ({self.context.folder.url})"
+        except SafetensorError as error:  # its writer wraps the operating system's error in a text
+            failure = f"{'the disk is full' if 'os error 28' in str(error) else error} ({self.context.folder.url})"
+        told = [json.loads(text) for text in self.context.gather_texts(_as_json(failure, sums))]
+        failures = [told_failure for told_failure, _ in told if told_failure]
+        if failures:
+            self._give_up(name, step, failures[0])
+        if self.context.rank == 0:
+            files = [FileSum(*entry) for _, entries in told for entry in entries]
+            self.context.folder.write_text(manifest_text(step, files), "checkpoints", name, MANIFEST)
+            self._forget_old(name)
+        self.context.barrier()
+
+    def _write(
+        self, stage: Path, step: int, learner: Learner, model: DualEncoder, shares: dict[str, Tensor]
+    ) -> list[FileSum]:
+        """This rank's files and their sums."""
+        (stage / "state").mkdir(parents=True, exist_ok=True)
+        mine = stage / "state" / f"tensors-{self.context.rank:05d}.safetensors"
+        save_file(shares, mine)
+        written = [mine]
+        if self.context.rank == 0:
+            (stage / "model").mkdir(exist_ok=True)
+            save_dual_encoder(model, learner.tokenizer, stage / "model")
+            trainer = {"step": step, "world_size": self.context.world_size}
+            (stage / "state" / "trainer.json").write_text(json.dumps(trainer) + "\n", encoding="utf-8")
+            written += [*(stage / "model").rglob("*"), stage / "state" / "trainer.json"]
+        return [sum_file(path, stage) for path in written if path.is_file()]
+
+    @contextmanager
+    def _staged(self, name: str) -> Iterator[Path]:
+        """A local folder to write into: the checkpoint's own, or one that is uploaded afterwards."""
+        folder = self.context.folder
+        target = folder.path("checkpoints", name)
+        if folder.is_local:
+            yield Path(target)
+            return
+        with tempfile.TemporaryDirectory() as local:
+            yield Path(local)
+            folder.filesystem.put(f"{local}/", f"{target}/", recursive=True)
+
+    def _give_up(self, name: str, step: int, reason: str) -> None:
+        if self.context.rank == 0:
+            self.context.folder.remove("checkpoints", name)
+        good, _ = newest_good(self.context.folder.filesystem, self._root) if self.context.rank == 0 else (None, [])
+        left = f"; the last good one is {good}" if good else ""
+        raise CheckpointError(f"checkpoint of step {step} could not be saved: {reason}{left}")
+
+    def _forget_old(self, newest: str) -> None:
+        """Delete what is older than the last `keep`, and unfinished folders."""
+        filesystem = self.context.folder.filesystem
+        finished = []
+        for folder in step_folders(filesystem, self._root):
+            if filesystem.exists(f"{folder}/{MANIFEST}") and len(finished) < self.keep:
+                finished.append(folder)
+            elif not folder.endswith(newest):
+                filesystem.rm(folder, recursive=True)
+
+    def resume(self, learner: Learner) -> int:
+        """Load the newest checkpoint that verifies; returns the number of steps done, 0 where there is none."""
+        choice = ""
+        if self.context.rank == 0:
+            good, passed_over = newest_good(self.context.folder.filesystem, self._root)
+            for reason in passed_over:
+                log.warning("checkpoint passed over: %s", reason)
+            choice = good or ""
+        choice = self.context.gather_texts(choice)[0]
+        if not choice:
+            return 0
+        with self._local_copy(choice) as folder:
+            step = int(json.loads((folder / "state" / "trainer.json").read_text(encoding="utf-8"))["step"])
+            _load_tensors(folder / "state", learner)
+        learner.engine.load_step(step)
+        self.context.barrier()
+        return step
+
+    @contextmanager
+    def _local_copy(self, checkpoint: str) -> Iterator[Path]:
+        if self.context.folder.is_local:
+            yield Path(checkpoint)
+            return
+        local = tempfile.mkdtemp()
+        try:
+            self.context.folder.filesystem.get(f"{checkpoint}/state/", f"{local}/state/", recursive=True)
+            yield Path(local)
+        finally:
+            shutil.rmtree(local)
+
+
+def _as_json(failure: str, sums: list[FileSum]) -> str:
+    return json.dumps([failure, [[f.path, f.size, f.sha256] for f in sums]])
+
+
+def _share_of(learner: Learner, rank: int, world_size: int) -> dict[str, Tensor]:
+    """Every world_size-th parameter's tensors; all ranks go through all of them, since gathering needs all."""
+    mine: dict[str, Tensor] = {}
+    for index, (name, tensors) in enumerate(learner.engine.tensors()):
+        if learner.average is not None:
+            tensors["average"] = learner.average.whole(name)
+        if index % world_size == rank:
+            mine |= {f"{name}|{key}": tensor.contiguous().clone() for key, tensor in tensors.items()}
+    return mine
+
+
+def _load_tensors(folder: Path, learner: Learner) -> None:
+    """Put the tensors of all files into the learner; raises CheckpointError where they are another model's."""
+    readers: dict[str, tuple[Callable[[str], Tensor], list[str]]] = {}
+    for path in sorted(folder.glob("tensors-*.safetensors")):
+        opened = safe_open(path, framework="pt")
+        for key in opened.keys():  # noqa: SIM118 (not a dict)
+            name, _, kind = key.rpartition("|")
+            readers.setdefault(name, (opened.get_tensor, []))[1].append(kind)
+    wanted = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
+    if wanted.keys() != readers.keys():
+        odd = sorted(wanted.keys() ^ readers.keys())[0]
+        raise CheckpointError(f"{folder}: is of another model or another freezing: it differs in {odd}")
+    for name in wanted:
+        get, kinds = readers[name]
+        tensors = {kind: get(f"{name}|{kind}") for kind in kinds}
+        shape = tuple(getattr(wanted[name], "ds_shape", wanted[name].shape))
+        if tuple(tensors["weight"].shape) != shape:
+            raise CheckpointError(f"{folder}: is of another model: {name} has shape {tuple(tensors['weight'].shape)}, not {shape}")
+        averaged = tensors.pop("average", None)
+        learner.engine.load_tensors(name, tensors)
+        if learner.average is not None:
+            learner.average.load(name, tensors["weight"] if averaged is None else averaged)

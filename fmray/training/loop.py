@@ -1,0 +1,192 @@
+"""Contrastive pretraining, from a configuration to a checkpoint that serves. Read it top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fmray.config.schema import ObjectiveConfig, PretrainConfig
+from fmray.data.loader import LoadedBatch, PairDataset, PairLoader
+from fmray.data.sources import open_source
+from fmray.errors import DataError
+from fmray.evaluation.embed import evaluate_pairs
+from fmray.models.clip import DualEncoder, build_dual_encoder
+from fmray.models.freezing import parameter_groups
+from fmray.objectives.contrastive import in_batch_accuracy, infonce, row_keys, siglip
+from fmray.runtime.context import Context, Outcome
+from fmray.training.averaging import WeightAverage
+from fmray.training.checkpoint import Checkpoints, Learner
+from fmray.training.engine import make_engine, rates_at
+from fmray.training.grad_cache import GradCache, Outputs, forward_outputs
+from fmray.types import ImageTextBatch, Metrics
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(config: PretrainConfig, context: Context) -> Outcome:
+    """Train, evaluate and save a dual encoder; the same code on one process and on every rank of many."""
+    # ---------------------------------------------------------------------------------------------- 1. who learns, from what
+    torch.manual_seed(config.run.seed)
+    model, tokenizer = build_dual_encoder(config.model, config.objective, config.data)
+    source = open_source(config.data.source, "train")
+    pad_to = model.config.max_tokens if model.config.pad_to_max else None
+    dataset = PairDataset(source, tokenizer, config.data, model.image, config.run.seed, pad_to)
+    loader = PairLoader(dataset, context.rank, context.world_size)
+
+    groups = parameter_groups(model, config.parts, config.optimizer.lr, config.optimizer.weight_decay)
+    if config.engine.activation_checkpointing:
+        model.vision.activation_checkpointing_enable()
+        model.text.activation_checkpointing_enable()
+    rows = config.data.batch_size // context.world_size
+    micro_batch = min(rows, config.objective.grad_cache_chunk or rows)
+    engine = make_engine(model.train(), groups, config.optimizer, config.engine, context.device, micro_batch)
+    decay = config.optimizer.ema_decay
+    average = WeightAverage(engine, decay, context) if decay else None
+    learner = Learner(model, tokenizer, engine, average)
+
+    # ---------------------------------------------------------------------------------------- 2. where an earlier run left off
+    checkpoints = Checkpoints(context, config.train.keep_checkpoints)
+    first = checkpoints.resume(learner)
+    watch = Watch(rows_per_step=config.data.batch_size, bad_allowed=config.data.max_bad_share * len(source))
+    metrics: Metrics = {}
+
+    # --------------------------------------------------------------------------------------------------------- 3. the steps
+    for step, loaded in loader.batches(first, config.train.steps):
+        watch.data_arrived()
+        batch = loaded.rows.to(context.device)
+        loss, outputs = learn(learner, batch, config, context, step)
+        rates = rates_at(groups, config.optimizer, step, config.train.steps)
+        norm = engine.step(rates)
+        if average is not None:
+            average.update(step)
+
+        done = step + 1
+        metrics = watch.metrics(loss, outputs, batch, loaded, context) | {
+            "train/gradient_norm": norm,
+            "train/learning_rate": max(rates),
+        }
+        if done % config.train.log_every == 0 or done == config.train.steps:
+            context.report(done, metrics)
+        stopping = context.stop_requested()
+        last = done == config.train.steps
+        if last or stopping or due(done, config.train.checkpoint_every) or due(done, config.train.evaluate_every):
+            exported = learner.exported()
+            if last or (due(done, config.train.evaluate_every) and not stopping):
+                context.report(done, evaluated(exported, learner, config, context))
+            if last or stopping or due(done, config.train.checkpoint_every):
+                checkpoints.save(done, learner, exported)
+        if stopping and not last:
+            return Outcome(steps=done, finished=False)
+        watch.step_ended()
+    return Outcome(steps=config.train.steps, finished=True)
+
+
+def learn(
+    learner: Learner, batch: ImageTextBatch, config: PretrainConfig, context: Context, step: int
+) -> tuple[Tensor, Outputs]:
+    """One forward and backward: this rank's loss (its mean over ranks is the batch's) and embeddings, without graph."""
+    objective, seed = config.objective, noise_seed(config.run.seed, step, context.rank)
+
+    def loss_of(outputs: Outputs, rows: ImageTextBatch) -> Tensor:
+        return contrastive_loss(outputs, rows, objective)
+
+    if objective.grad_cache_chunk is not None and objective.grad_cache_chunk < len(batch):
+        return GradCache(learner.engine, loss_of, objective.grad_cache_chunk).backward(batch, seed)
+    torch.manual_seed(seed)
+    outputs = forward_outputs(learner.engine, batch)
+    loss = loss_of(outputs, batch)
+    learner.engine.backward(loss)
+    return loss.detach(), {name: value.detach() for name, value in outputs.items()}
+
+
+def contrastive_loss(outputs: Outputs, batch: ImageTextBatch, objective: ObjectiveConfig) -> Tensor:
+    """The configured loss of a batch's embeddings, scalar."""
+    keys = batch.caption_key_B
+    if objective.positives == "pair":
+        keys = row_keys(len(batch), keys.device)
+    image_BD, text_BD, scale = outputs["image_embeds"], outputs["text_embeds"], outputs["logit_scale"]
+    if objective.kind == "siglip":
+        return siglip(image_BD, text_BD, scale, outputs["logit_bias"], keys)
+    return infonce(image_BD, text_BD, scale, keys, label_smoothing=objective.label_smoothing)
+
+
+def evaluated(exported: DualEncoder, learner: Learner, config: PretrainConfig, context: Context) -> Metrics:
+    """Retrieval on the test split with the weights that would be saved."""
+    started = time.perf_counter()
+    model, data = exported.to(context.device), config.data
+    measured = evaluate_pairs(
+        model, learner.tokenizer, model.image, model.config.max_tokens, data, config.evaluate, context
+    )
+    exported.to("cpu")
+    return measured | {"time/evaluate": time.perf_counter() - started}
+
+
+def noise_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of a step's dropout on a rank: counted, not remembered, so a resume needs no random state.
+
+    A thousand seeds apart leave room for GradCache's chunks, which take the ones that follow.
+    """
+    return (((seed * 1_000_003 + step) * 1_009 + rank) * 1_000) % (1 << 62)
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every is not None and step % every == 0
+
+
+@dataclass
+class Watch:
+    """Clocks and counters of the loop."""
+
+    rows_per_step: int
+    bad_allowed: float
+    _mark: float = field(default_factory=time.perf_counter)
+    _waited: float = 0.0
+    _bad: int = 0
+    _bad_epoch: int = 0
+    _bad_names: list[str] = field(default_factory=list)
+
+    def data_arrived(self) -> None:
+        """A batch is there."""
+        self._waited = time.perf_counter() - self._mark
+
+    def step_ended(self) -> None:
+        """The clock of the next step starts; checkpoints and evaluations are behind."""
+        self._mark = time.perf_counter()
+
+    def metrics(
+        self, loss: Tensor, outputs: Outputs, batch: ImageTextBatch, loaded: LoadedBatch, context: Context
+    ) -> Metrics:
+        """This step's numbers, averaged over ranks; raises DataError where too many samples were unreadable."""
+        accuracy = in_batch_accuracy(outputs["image_embeds"], outputs["text_embeds"], batch.caption_key_B)
+        mine = torch.stack([loss, accuracy, loss.new_tensor(float(len(loaded.bad)))])
+        mean_loss, mean_accuracy, mean_bad = (context.sum(mine) / context.world_size).tolist()
+        self._count_bad(round(mean_bad * context.world_size), loaded, context)
+        seconds = time.perf_counter() - self._mark
+        return {
+            "train/loss": mean_loss,
+            "train/batch_accuracy": mean_accuracy,
+            "train/logit_scale": float(outputs["logit_scale"]),
+            "train/epoch": float(loaded.epoch),
+            "data/unreadable": float(self._bad),
+            "time/step": seconds,
+            "time/data": self._waited,
+            "train/images_per_second": self.rows_per_step / seconds,
+        }
+
+    def _count_bad(self, count: int, loaded: LoadedBatch, context: Context) -> None:
+        """Each epoch meets every sample once, so its count is one of distinct samples on any number of ranks."""
+        if loaded.epoch != self._bad_epoch:
+            self._bad, self._bad_epoch, self._bad_names = 0, loaded.epoch, []
+        self._bad += count
+        for reason in loaded.bad:
+            log.warning("sample skipped: %s", reason)
+            self._bad_names.append(reason)
+        if self._bad > self.bad_allowed:
+            names = [name for names in context.gather_texts("\n".join(self._bad_names)) for name in names.split("\n") if name]
+            shown = "; ".join(names[:5]) + ("; …" if len(names) > 5 else "")
+            raise DataError(f"{self._bad} unreadable pictures, more than data.max_bad_share allows: {shown}")

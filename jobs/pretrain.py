@@ -1,0 +1,8 @@
+"""`python jobs/pretrain.py …`: the same as `fmray pretrain …`, for `ray job submit -- python jobs/pretrain.py …`."""
+
+import sys
+
+from fmray.cli import pretrain, door
+
+if __name__ == "__main__":
+    sys.exit(door(pretrain))

@@ -1,0 +1,8 @@
+"""`python jobs/serve.py …`: the same as `fmray serve …`, for `ray job submit -- python jobs/serve.py …`."""
+
+import sys
+
+from fmray.cli import serve, door
+
+if __name__ == "__main__":
+    sys.exit(door(serve))
