@@ -10,6 +10,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import ProxyLocation
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fmray.errors import ResourceError
 from fmray.runtime.ports import bind
@@ -43,8 +44,8 @@ def run_app(
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=_quiet())
     _check_capacity({"CPU": replicas * cpus, "GPU": replicas * gpus})
 
-    def build_in_replica() -> FastAPI:  # Serve takes a function, no other callable
-        return build()
+    def build_in_replica() -> ASGIApp:  # Serve takes a function, no other callable
+        return _without_request_id(build())
 
     replica: Any = serve.ingress(build_in_replica)()
     deployment = serve.deployment(replica).options(
@@ -62,6 +63,21 @@ def run_app(
         raise ResourceError(
             f"Ray Serve could not start {name}: {lines[-1] if lines else 'no reason given'}"
         ) from None
+
+
+def _without_request_id(app: ASGIApp) -> ASGIApp:
+    """Serve's proxy adds the header to every answer; the app's own would make it two."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                kept = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+                message = {**message, "headers": kept}
+            await send(message)
+
+        await app(scope, receive, send_without)
+
+    return wrapped
 
 
 def _quiet() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import uuid
 from typing import Any
@@ -15,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fmray.errors import RequestError
 from fmray.serving.schemas import ErrorFacts, ErrorReply
+
+logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """A client's own id is echoed where it looks like this: nothing is smuggled into a header or a log."""
@@ -43,7 +46,7 @@ def install_error_answers(app: FastAPI) -> None:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    """Where an exception becomes a status code. An unexpected one is logged by the server, not told."""
+    """Where an exception becomes a status code. The server logs an unexpected one with its traceback."""
     headers: dict[str, str] = {}
     if isinstance(error, RequestValidationError):
         error = _from_validation(error)
@@ -52,8 +55,10 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         code, message = ROUTE_ERRORS.get(error.status_code, ("invalid_request", "the request cannot be read"))
         error = RequestError(error.status_code, code, message)
     elif not isinstance(error, RequestError):
+        request_id = request.scope["state"]["request_id"]
+        logger.error("request %s failed with %s", request_id, type(error).__name__)
+        headers["x-request-id"] = request_id  # this answer bypasses Border's `send`
         headers["x-should-retry"] = "false"  # models are deterministic: the same request would fail again
-        headers["x-request-id"] = request.scope["state"]["request_id"]  # this answer bypasses Border's `send`
         error = RequestError(
             500, "internal_error", "the server failed on this request; its log has the request id"
         )

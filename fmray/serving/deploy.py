@@ -70,8 +70,8 @@ def _serve_here(config: ServeConfig) -> None:
 def _serve_on_ray(config: ServeConfig) -> None:
     from fmray.runtime import ray_serve
 
-    with stop_on_sigterm() as stop_asked:
-        started_here = ray_serve.connect(config.runtime.address)
+    started_here = ray_serve.connect(config.runtime.address)
+    with stop_on_sigterm() as stop_asked:  # after Ray, whose own handler would end the process
         try:
             ray_serve.run_app(
                 lambda: build_clip_app(config),
