@@ -55,7 +55,7 @@ class Asset:
     members: tuple[str, ...]
     """Patterns of the files that are taken."""
     build: str | None
-    """Name of the converter in `assets_build.BUILDERS`; None: the members as they are."""
+    """Converter and its version in `assets_build.BUILDERS`; None: the members as they are."""
     licence: str
     what: str
     hub: str | None
@@ -65,6 +65,11 @@ class Asset:
     def requirement(self) -> str:
         """`package==version`."""
         return f"{self.package}=={self.version}"
+
+    @property
+    def recipe(self) -> str:
+        """What makes two folders of this asset equal; kept in the folder's manifest."""
+        return " ".join([self.sha256, self.strip, *self.members, self.build or "as-is"])
 
     @property
     def folder(self) -> Path:
@@ -114,7 +119,7 @@ def fetch(name: str) -> Path:
     asset = pinned_assets().get(name)
     if asset is None:
         close = difflib.get_close_matches(name, pinned_assets(), n=1)
-        hint = f", did you mean '{close[0]}'" if close else ""
+        hint = f", did you mean '{close[0]}'?" if close else ""
         raise AssetError(
             f"asset '{name}': there is no such asset{hint}; there are: {', '.join(pinned_assets())}"
         )
@@ -156,7 +161,7 @@ def _build(asset: Asset) -> None:
 
         done.mkdir()
         BUILDERS[asset.build](raw, done)
-    (done / MANIFEST).write_text(json.dumps({"asset": asset.name, "files": _sums(done)}, indent=0) + "\n")
+    (done / MANIFEST).write_text(json.dumps({"recipe": asset.recipe, "files": _sums(done)}, indent=0) + "\n")
     if asset.folder.exists():
         shutil.rmtree(asset.folder)  # it has no manifest: not ours, or emptied by hand
     os.replace(done, asset.folder)
@@ -264,9 +269,14 @@ def _check(asset: Asset) -> None:
     """Compare the folder with its manifest: sizes at every fetch, checksums at a process's first."""
     cure = f"cure: delete {asset.folder} and fetch again"
     try:
-        files = dict(json.loads((asset.folder / MANIFEST).read_text())["files"])
+        manifest = json.loads((asset.folder / MANIFEST).read_text())
+        recipe, files = manifest["recipe"], dict(manifest["files"])
     except (ValueError, KeyError, TypeError):
         raise AssetError(f"asset '{asset.name}': {asset.folder / MANIFEST} is damaged; {cure}") from None
+    if recipe != asset.recipe:
+        raise AssetError(
+            f"asset '{asset.name}': {asset.folder} was built by another version of fmray; {cure}"
+        )
     for relative, (size, sha256) in files.items():
         path = asset.folder / relative
         try:

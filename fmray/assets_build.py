@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
@@ -33,19 +34,8 @@ def mobilenet_v2_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """torchvision's names as transformers'; the classifier is left out.
 
     `features.3.conv.1.0.weight` becomes `layer.1.conv_3x3.convolution.weight`.
-    BatchNorm's `num_batches_tracked`, which old files lack, is set to 0.
     """
-    renamed = {}
-    for name, value in state.items():
-        if name.startswith("classifier."):
-            continue
-        new = _rename(name)
-        renamed[new] = value
-        if new.endswith(".running_mean"):
-            renamed.setdefault(
-                new.replace("running_mean", "num_batches_tracked"), torch.zeros((), dtype=torch.int64)
-            )
-    return renamed
+    return {_rename(name): value for name, value in state.items() if not name.startswith("classifier.")}
 
 
 def _rename(name: str) -> str:
@@ -67,19 +57,19 @@ def _rename(name: str) -> str:
 def build_groceries(raw: Path, done: Path) -> None:
     """One parquet per split, in row groups of 64 photos so that one photo is read without the other thousand.
 
-    Columns: image (JPEG bytes), caption (the fruit: 'Apple'), variety ('Golden-Delicious').
+    Columns: image (JPEG bytes), caption (one of 14 kinds: 'Golden Delicious'), fruit (one of 5: 'Apple').
     """
-    table = pq.read_table(
-        raw / "images2.parquet", columns=["dataset", "image_data", "coarse_cat", "finegrained_cat"]
-    )
+    columns = ["dataset", "image_data", "finegrained_cat", "coarse_cat"]
+    table = pq.read_table(raw / "images2.parquet", columns=columns)
     for split in ("train", "val", "test"):
-        rows = table.filter(pc.equal(table["dataset"], split)).drop_columns(["dataset"])
-        rows = rows.rename_columns(["image", "caption", "variety"])
-        pq.write_table(rows, done / f"{split}.parquet", row_group_size=64, compression="none")
+        rows = table.filter(pc.equal(table["dataset"], split))
+        kinds = pc.replace_substring(rows["finegrained_cat"], "-", " ")
+        photos = pa.table({"image": rows["image_data"], "caption": kinds, "fruit": rows["coarse_cat"]})
+        pq.write_table(photos, done / f"{split}.parquet", row_group_size=64, compression="none")
 
 
 BUILDERS: dict[str, Callable[[Path, Path], None]] = {
-    "mobilenet_v2": build_mobilenet_v2,
-    "groceries": build_groceries,
+    "mobilenet_v2/1": build_mobilenet_v2,
+    "groceries/1": build_groceries,
 }
-"""By the `build` of `assets.json`."""
+"""By the `build` of `assets.json`; a change of what is written takes a new number."""

@@ -68,7 +68,7 @@ def from_code_points(text: str) -> str:
     return "".join(chr(int(point.removeprefix("U+"), 16)) for point in text.split("-"))
 
 
-def test_concepts() -> tuple[str, ...]:
+def held_out_concepts() -> tuple[str, ...]:
     """The pinned test concepts, in an order that mixes topics (the first n are a fair sample)."""
     pinned = json.loads(Path(__file__).with_name("emoji_split.json").read_text(encoding="utf-8"))
     return tuple(map(from_code_points, pinned["test"]))
@@ -111,8 +111,8 @@ def open_emoji(config: EmojiSource, split: Split) -> EmojiPictures:
     names = EmojiNames(fetch("emoji_names"), config.languages)
     if split == "test":
         files = {emoji: file for file, emoji in _pictures(root, TEST_VENDOR)}
-        return EmojiPictures(root, tuple((files[c], names.names(c)) for c in test_concepts()))
-    held_out = frozenset(test_concepts())
+        return EmojiPictures(root, tuple((files[c], names.names(c)) for c in held_out_concepts()))
+    held_out = frozenset(held_out_concepts())
     samples = []
     for vendor in config.vendors:
         for file, emoji in _pictures(root, vendor):
