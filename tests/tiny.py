@@ -11,7 +11,12 @@ from fmray.types import ImageTextBatch
 
 
 def tiny_config(*, dropout: float = 0.0, objective: str = "infonce", width: int = 16) -> DualEncoderConfig:
-    shape = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 2 * width}
+    shape = {
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * width,
+    }
     noise = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     return DualEncoderConfig(
         vision_config=ViTConfig(image_size=16, patch_size=8, **shape, **noise),

@@ -18,7 +18,8 @@ def run_workers(world_size: int, work: Callable[..., Any], *arguments: Any) -> l
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("spawn")
         processes = [
-            context.Process(target=_worker, args=(rank, world_size, folder, work, arguments)) for rank in range(world_size)
+            context.Process(target=_worker, args=(rank, world_size, folder, work, arguments))
+            for rank in range(world_size)
         ]
         for process in processes:
             process.start()
@@ -31,11 +32,14 @@ def run_workers(world_size: int, work: Callable[..., Any], *arguments: Any) -> l
         results = [Path(folder, f"{rank}.pt") for rank in range(world_size)]
         loaded = [torch.load(path, weights_only=False) if path.exists() else "died" for path in results]
         failures = [result for result in loaded if isinstance(result, str)]
-        assert not failures and not hung, "\n".join([*failures, *(f"process {pid} hung" for pid in hung)])
+        assert not failures, "\n".join(failures)
+        assert not hung, f"processes {hung} hung"
         return [result["value"] for result in loaded]
 
 
-def _worker(rank: int, world_size: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _worker(
+    rank: int, world_size: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)

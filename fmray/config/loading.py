@@ -71,7 +71,9 @@ def load_config(root: type[Root], recipes: Recipes[Root], arguments: Sequence[st
                 layers.append(read_file(Path(value)))
         elif word.startswith("-"):
             dotted = word.lstrip("-")
-            raise ConfigError(word, inline, f"unknown option; keys are written without dashes: {dotted or 'key'}=value")
+            raise ConfigError(
+                word, inline, f"unknown option; keys are written without dashes: {dotted or 'key'}=value"
+            )
         else:
             overrides.append(word)
     base = _from_recipe(recipe, recipes)
@@ -84,7 +86,9 @@ def _from_recipe(name: str | None, recipes: Recipes[Root]) -> dict[str, Any]:
     if name is None:
         return {}
     if name not in recipes:
-        raise ConfigError("--recipe", name, f"unknown recipe{_near(name, recipes)}; there are: {', '.join(recipes)}")
+        raise ConfigError(
+            "--recipe", name, f"unknown recipe{_near(name, recipes)}; there are: {', '.join(recipes)}"
+        )
     return recipes[name]().model_dump(mode="python")
 
 
@@ -177,7 +181,9 @@ def _finding(root: type[BaseModel], detail: ErrorDetails) -> tuple[str, object, 
         return key, None, f"is required; write {key}=…"
     message = detail["msg"]
     if detail["type"] == "literal_error":
-        allowed = str(detail.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ").split(", ")
+        allowed = (
+            str(detail.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ").split(", ")
+        )
         message = f"must be one of {', '.join(allowed)}{_near(str(value), allowed)}"
     return key, value, message[0].lower() + message[1:]
 
@@ -208,8 +214,10 @@ def _class_in(annotation: object, location: Sequence[int | str]) -> type[BaseMod
         return _class_in(arguments[0 if origin is Annotated else 1], location)
     if origin in (Union, types.UnionType):
         classes = [found for argument in arguments if (found := _class_in(argument, location))]
-        tagged = [c for c in classes if "kind" in c.model_fields and c.model_fields["kind"].default in location]
-        return (tagged or classes or [None])[0]
+        tagged = [
+            c for c in classes if "kind" in c.model_fields and c.model_fields["kind"].default in location
+        ]
+        return next(iter(tagged or classes), None)
     return None
 
 
@@ -253,17 +261,25 @@ def _describe_section(section: type[BaseModel], prefix: str) -> list[str]:
             lines += [f"  {key}.<{'|'.join(_literals(inner))}>  {doc}"]
             lines += _describe_section(classes[0], f"{key}.<part>.")
             continue
-        default = "required" if field.is_required() else f"default {_plain(field.default)}"
+        value = field.default_factory() if field.default_factory else field.default  # type: ignore[call-arg]
+        default = "required" if field.is_required() else f"default {_plain(value)}"
         lines += [f"  {key}  ({_type_name(inner)}; {default})", f"      {doc}"]
     return lines
 
 
 def _literals(annotation: object) -> list[str]:
-    return [str(value) for argument in get_args(annotation) if get_origin(argument) is Literal for value in get_args(argument)]
+    return [
+        str(value)
+        for argument in get_args(annotation)
+        if get_origin(argument) is Literal
+        for value in get_args(argument)
+    ]
 
 
 def _plain(value: object) -> str:
-    return json.dumps(value) if isinstance(value, str | int | float | bool | list | tuple | dict) else str(value)
+    return (
+        json.dumps(value) if isinstance(value, str | int | float | bool | list | tuple | dict) else str(value)
+    )
 
 
 def _type_name(annotation: object) -> str:

@@ -1,234 +1,62 @@
 """What a run can be told: one pydantic section per concern, a doc under each field, unknown keys refused.
 
 A function receives its own section only; the root (`PretrainConfig`, …) is seen by `jobs/`, `cli.py` and the loops.
+This file holds the model, the learning and the roots, and is the one address of all sections.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
+from fmray.config.base import ReportConfig, RunConfig, RuntimeConfig, Section
+from fmray.config.data import (
+    SOURCE_KINDS,
+    AugmentConfig,
+    DataConfig,
+    EmojiSource,
+    FolderSource,
+    HubSource,
+    JsonlSource,
+    ParquetSource,
+    SourceConfig,
+    WebDatasetSource,
+    source_kind,
+)
 from fmray.errors import ConfigError
 
-
-class Section(BaseModel):
-    """A frozen group of keys. `section.replace(steps=10)` returns a checked copy."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
-    )
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some keys changed, validated again."""
-        return type(self).model_validate({**dict(self), **changes})
-
-
-# ------------------------------------------------------------------------------------------- where and under what name
-
-
-class RunConfig(Section):
-    """The run's name and home. The same name and storage again means: resume."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "pretrain"
-    """Folder of the run under `storage`; letters, digits, '.', '_' and '-'."""
-    storage: str = "runs"
-    """A folder or any fsspec URL (`s3://bucket/runs`); on several hosts it must be reachable from all of them."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Everything random is a function of this number and of a position."""
-    fresh: bool = False
-    """Start over: delete what the run folder holds, instead of resuming from it."""
-
-
-class RuntimeConfig(Section):
-    """Where the same code runs: in this process, or on Ray Train's workers."""
-
-    kind: Literal["local", "ray"] = "local"
-    """`local`: this process, rank 0 of 1, no Ray. `ray`: a Ray Train worker group."""
-    workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
-    """Data-parallel learners; `[min, max]` is elastic: a lost or gained worker restarts the group from its checkpoint."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes a GPU when torch sees one, whatever Ray was told."""
-    threads: Annotated[int, Field(ge=1)] | None = None
-    """Torch threads per worker; None: this host's cores divided by the workers."""
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
-    """CPUs that Ray reserves for each worker."""
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs that Ray reserves for each worker; fractions share one."""
-    address: str | None = None
-    """A running Ray cluster (`auto`, `ray://host:10001`); None starts one on this machine."""
-    max_failures: Annotated[int, Field(ge=-1)] = 2
-    """How often Ray Train restarts the group after a worker died; -1: without end."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
-            raise ConfigError("runtime.workers", list(self.workers), "write [min, max] with min <= max")
-        if self.kind == "local" and self.workers != 1:
-            raise ConfigError("runtime.workers", self.workers, "local mode is one process; set runtime.kind=ray")
-        if self.device == "cpu" and self.gpus_per_worker > 0:
-            raise ConfigError("runtime.gpus_per_worker", self.gpus_per_worker, "must be 0 with runtime.device=cpu")
-        return self
-
-    @property
-    def worker_counts(self) -> range:
-        """Every number of learners this run may have."""
-        low, high = self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
-        return range(low, high + 1)
-
-
-class ReportConfig(Section):
-    """Where metrics go. `metrics.jsonl` in the run folder is always written."""
-
-    tensorboard: bool = False
-    """TensorBoard event files under `<run>/tensorboard`."""
-    wandb: Literal["off", "online", "offline"] = "off"
-    """Weights & Biases; `offline` writes under `<run>/wandb` without a network."""
-    mlflow: str | None = None
-    """MLflow tracking URI (`file:./mlruns`, `http://host:5000`)."""
-    prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """Local mode serves Prometheus metrics here; in Ray they go through Ray's own exporter, always."""
-    progress: bool = True
-    """A progress bar on the terminal."""
-
-
-# ------------------------------------------------------------------------------------------------------------ the data
-
-
-class EmojiSource(Section):
-    """Noto and Twemoji pictures with their names, split by concept (pinned assets, no hub needed)."""
-
-    kind: Literal["emoji"] = "emoji"
-    languages: tuple[Literal["en", "ko", "ja", "zh", "de", "fr", "es", "it", "pt"], ...] = ("en",)
-    """Languages of the names; a training caption is drawn from them."""
-    vendors: tuple[Literal["noto", "twemoji"], ...] = ("noto", "twemoji")
-    """Art to train on: Noto (Apache-2.0), Twemoji (CC-BY 4.0)."""
-    variants: bool = False
-    """Also the skin-tone and gender variants of a training concept."""
-    aliases: bool = True
-    """Also the short aliases (`:thumbs_up:`) of an emoji as English captions."""
-
-
-class HubSource(Section):
-    """A dataset of the Hugging Face hub or a local `datasets` folder."""
-
-    kind: Literal["hub"] = "hub"
-    path: str
-    """Hub id or local folder, as for `datasets.load_dataset`."""
-    config_name: str | None = None
-    """The dataset's configuration, where it has several."""
-    image_column: str = "image"
-    """Column with the picture."""
-    caption_column: str = "caption"
-    """Column with one caption or a list of captions."""
-    train_split: str = "train"
-    """Split to train on; slices (`train[:90%]`) work."""
-    test_split: str = "test"
-    """Split to evaluate on."""
-
-
-class FolderSource(Section):
-    """Pictures in folders named after their captions: `<path>/<split>/<caption>/picture.png`."""
-
-    kind: Literal["folder"] = "folder"
-    path: str
-    """Folder that holds the splits, or the caption folders themselves."""
-    template: str = "a photo of a {}"
-    """Sentence around the folder's name (underscores become spaces)."""
-
-
-class JsonlSource(Section):
-    """Lines of `{"image": "relative/path.jpg", "caption": "…" | ["…", …]}` in `<path>/<split>.jsonl`."""
-
-    kind: Literal["jsonl"] = "jsonl"
-    path: str
-    """Folder with `train.jsonl` and `test.jsonl`; image paths are relative to it."""
-    image_key: str = "image"
-    """Key of the picture's path."""
-    caption_key: str = "caption"
-    """Key of the caption or captions."""
-
-
-class ParquetSource(Section):
-    """Parquet files `<path>/<split>*.parquet` with an image column (bytes or {bytes, path}) and a caption column."""
-
-    kind: Literal["parquet"] = "parquet"
-    path: str
-    """Folder with the files."""
-    image_column: str = "image"
-    """Column with the encoded picture."""
-    caption_column: str = "caption"
-    """Column with one caption or a list of captions."""
-
-
-class WebDatasetSource(Section):
-    """Tar shards `<path>/<split>*.tar` of `key.jpg|png|webp` beside `key.txt|json` (webdataset layout)."""
-
-    kind: Literal["webdataset"] = "webdataset"
-    path: str
-    """Folder with the shards."""
-    caption_key: str = "caption"
-    """Key of the caption where the text member is JSON."""
-
-
-def source_kind(value: Any) -> str:
-    """The `kind` of a source given as keys or as a section; the emoji pairs where it is not said."""
-    return str(value.get("kind", "emoji") if isinstance(value, dict) else value.kind)
-
-
-SourceConfig = Annotated[
-    Annotated[EmojiSource, Tag("emoji")]
-    | Annotated[HubSource, Tag("hub")]
-    | Annotated[FolderSource, Tag("folder")]
-    | Annotated[JsonlSource, Tag("jsonl")]
-    | Annotated[ParquetSource, Tag("parquet")]
-    | Annotated[WebDatasetSource, Tag("webdataset")],
-    Discriminator(source_kind),
+__all__ = [
+    "SOURCE_KINDS",
+    "AugmentConfig",
+    "DataConfig",
+    "DemoConfig",
+    "EmojiSource",
+    "EngineConfig",
+    "EvaluateConfig",
+    "EvaluateRunConfig",
+    "FolderSource",
+    "HubSource",
+    "ImageConfig",
+    "JsonlSource",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParquetSource",
+    "PartConfig",
+    "PartName",
+    "PretrainConfig",
+    "ReportConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "Section",
+    "ServeConfig",
+    "SourceConfig",
+    "TowerConfig",
+    "TrainConfig",
+    "WebDatasetSource",
+    "source_kind",
 ]
-
-SOURCE_KINDS = ("emoji", "hub", "folder", "jsonl", "parquet", "webdataset")
-
-
-class AugmentConfig(Section):
-    """Random changes of a training picture; all zero and False: none."""
-
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Probability of a horizontal mirror image."""
-    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest rotation in degrees."""
-    translate: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Largest shift, as a share of the side."""
-    scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Largest relative change of size: 0.2 draws from 0.8 to 1.25."""
-    color: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Largest relative change of brightness, contrast and saturation."""
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is changed at all."""
-        return any((self.flip, self.rotate, self.translate, self.scale, self.color))
-
-
-class DataConfig(Section):
-    """What is read, how it is cut into batches."""
-
-    source: SourceConfig = EmojiSource()
-    """The data set; `data.source.kind` selects its type."""
-    batch_size: Annotated[int, Field(ge=1)] = 256
-    """Samples per optimizer step over all workers together."""
-    decode_workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that read and decode for each learner; 0: in the learner's own."""
-    cache_decoded: Annotated[int, Field(ge=0)] = 512
-    """MiB of decoded pictures that each process keeps in memory; 0: decode each time."""
-    max_tokens: Annotated[int, Field(ge=2)] = 32
-    """Longer captions are truncated to this many tokens."""
-    augment: AugmentConfig = AugmentConfig()
-    """Random changes of the training pictures."""
-    background: Literal["white", "random"] = "white"
-    """What stands behind transparent pixels while training; evaluation always takes white."""
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Unreadable pictures are skipped and counted; more than this share of those read stops the run, by name."""
-
 
 # ----------------------------------------------------------------------------------------------------------- the model
 
@@ -240,7 +68,7 @@ class TowerConfig(Section):
     """`asset:minilm`, `asset:mobilenet_v2`, a hub id, or a local folder with a config.json."""
     pretrained: bool = True
     """Load the weights; False keeps the architecture alone."""
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default_factory=dict)
     """Keys of the tower's transformers configuration to change (from-scratch towers: `hidden_size`, …)."""
     pooling: Literal["auto", "cls", "mean", "eos", "last"] = "auto"
     """How a sequence becomes one vector; `mean` goes by the attention mask; `auto`: the architecture's own way."""
@@ -415,7 +243,7 @@ class PretrainConfig(Section):
     """Data set and batches."""
     model: ModelConfig = ModelConfig()
     """The dual encoder."""
-    parts: dict[PartName, PartConfig] = {}
+    parts: dict[PartName, PartConfig] = Field(default_factory=dict)
     """What learns, how fast, part by part; a part that is not named learns at `optimizer.lr`."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """The loss."""
@@ -432,7 +260,9 @@ class PretrainConfig(Section):
     def _consistent(self) -> Self:
         for count in self.runtime.worker_counts:
             if self.data.batch_size % count:
-                raise ConfigError("data.batch_size", self.data.batch_size, f"must divide among {count} workers")
+                raise ConfigError(
+                    "data.batch_size", self.data.batch_size, f"must divide among {count} workers"
+                )
         if self.engine.offload != "none" and self.engine.kind != "deepspeed":
             raise ConfigError("engine.offload", self.engine.offload, "needs engine.kind=deepspeed")
         if self.engine.offload != "none" and self.engine.zero_stage < 2:

@@ -48,7 +48,7 @@ def image_statistics(image: ImageConfig) -> tuple[tuple[float, ...], tuple[float
     return IMAGE_STATISTICS[image.normalize]
 
 
-class DualEncoderConfig(PreTrainedConfig):
+class DualEncoderConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is untyped here
     """What a saved dual encoder is made of."""
 
     model_type = "fmray_dual_encoder"
@@ -141,8 +141,12 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         self.vision = vision if vision is not None else new_tower(config.vision_config)
         self.text = text if text is not None else new_tower(config.text_config)
-        self.vision_projection = _projection(config.vision_projection, config.vision_config, config.embed_dim, "vision")
-        self.text_projection = _projection(config.text_projection, config.text_config, config.embed_dim, "text")
+        self.vision_projection = _projection(
+            config.vision_projection, config.vision_config, config.embed_dim, "vision"
+        )
+        self.text_projection = _projection(
+            config.text_projection, config.text_config, config.embed_dim, "text"
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.temperature = Temperature(config.initial_temperature, with_bias=config.objective == "siglip")
         self.image = ImageConfig.model_validate(config.image)
@@ -167,7 +171,9 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
 
     def encode_text(self, token_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Token ids and mask, int64 [B, T], to unit vectors, float32 [B, D]."""
-        mask = None if self.config.pad_to_max else mask_BT  # SigLIP was trained without a mask, on padded texts
+        mask = (
+            None if self.config.pad_to_max else mask_BT
+        )  # SigLIP was trained without a mask, on padded texts
         outputs = self.text(input_ids=token_ids_BT, attention_mask=mask)
         features_BF = self.dropout(pool(outputs, self.config.text_pooling, mask_BT))
         return F.normalize(self.text_projection(features_BF).float(), dim=-1)
@@ -182,10 +188,14 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
         image_BD = self.encode_image(pixels_BCHW)
         text_BD = self.encode_text(token_ids_BT, mask_BT)
         scale, bias = self.logit_scale_and_bias()
-        return DualEncoderOutput(image_embeds=image_BD, text_embeds=text_BD, logit_scale=scale, logit_bias=bias)
+        return DualEncoderOutput(
+            image_embeds=image_BD, text_embeds=text_BD, logit_scale=scale, logit_bias=bias
+        )
 
     def _normalize(self, pixels_BCHW: Tensor) -> Tensor:
-        mean, std = (torch.tensor(v, device=pixels_BCHW.device).view(3, 1, 1) for v in image_statistics(self.image))
+        mean, std = (
+            torch.tensor(v, device=pixels_BCHW.device).view(3, 1, 1) for v in image_statistics(self.image)
+        )
         unit = pixels_BCHW.float() / 255 if pixels_BCHW.dtype == torch.uint8 else pixels_BCHW
         return (unit - mean) / std
 
@@ -195,7 +205,9 @@ def _projection(kind: str, tower: PreTrainedConfig, embed_dim: int, side: str) -
     if kind == "linear":
         return nn.Linear(width, embed_dim, bias=False)
     if width != embed_dim:
-        raise ConfigError("model.embed_dim", embed_dim, f"must be {width}, the {side} tower's width, with identity")
+        raise ConfigError(
+            "model.embed_dim", embed_dim, f"must be {width}, the {side} tower's width, with identity"
+        )
     return nn.Identity()
 
 
@@ -222,7 +234,9 @@ def build_dual_encoder(
         text_config=text_config,
         image=model.image.model_dump(mode="json"),
         embed_dim=model.embed_dim,
-        vision_pooling=default_pooling(vision_config) if model.vision.pooling == "auto" else model.vision.pooling,
+        vision_pooling=default_pooling(vision_config)
+        if model.vision.pooling == "auto"
+        else model.vision.pooling,
         text_pooling=default_pooling(text_config) if model.text.pooling == "auto" else model.text.pooling,
         text_projection=model.text_projection,
         objective=objective.kind,
@@ -231,6 +245,8 @@ def build_dual_encoder(
         hold_batch_norm=model.vision.pretrained,
         max_tokens=data.max_tokens,
     )
-    vision = pretrained_tower(model.vision, vision_config, "model.vision") if model.vision.pretrained else None
+    vision = (
+        pretrained_tower(model.vision, vision_config, "model.vision") if model.vision.pretrained else None
+    )
     text = pretrained_tower(model.text, text_config, "model.text") if model.text.pretrained else None
     return DualEncoder(config, vision, text), load_tokenizer(model.text, "model.text")

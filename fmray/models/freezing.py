@@ -63,5 +63,7 @@ def _locked_parameters(model: nn.Module, part: PartName, config: PartConfig) -> 
     if count > len(blocks):
         raise ConfigError(f"parts.{part}.train", config.train, f"has only {len(blocks)} blocks")
     # registration order is forward order: what stands before the first learning block is locked
-    first = next(i for i, name in enumerate(names) if name.startswith(f"{part}.{path}.{len(blocks) - count}."))
+    first = next(
+        i for i, name in enumerate(names) if name.startswith(f"{part}.{path}.{len(blocks) - count}.")
+    )
     return set(names[:first])

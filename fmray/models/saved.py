@@ -66,7 +66,9 @@ def save_preparation(model: DualEncoder, tokenizer: PreTrainedTokenizerFast, fol
         "image_mean": list(mean),
         "image_std": list(std),
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(preparation, indent=2) + "\n", encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(preparation, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def load_dual_encoder(location: str, device: torch.device) -> LoadedDualEncoder:
@@ -111,7 +113,10 @@ def load_any_clip(location: str) -> tuple[DualEncoder, PreTrainedTokenizerFast]:
 
 def _is_model_of_transformers(location: str) -> bool:
     config = Path(location, "config.json")
-    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") in ("clip", "siglip")
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") in (
+        "clip",
+        "siglip",
+    )
 
 
 def _load_from_transformers(location: str) -> tuple[DualEncoder, PreTrainedTokenizerFast]:
@@ -163,8 +168,8 @@ def from_transformers(whole: CLIPModel | SiglipModel, image: ImageConfig) -> Dua
     with torch.no_grad():
         model.temperature.log_scale.copy_(whole.logit_scale.reshape(1))
         if clip:
-            model.vision_projection.weight.copy_(whole.visual_projection.weight)
-            model.text_projection.weight.copy_(whole.text_projection.weight)
+            model.vision_projection.load_state_dict(whole.visual_projection.state_dict())
+            model.text_projection.load_state_dict(whole.text_projection.state_dict())
         else:
             assert model.temperature.bias is not None
             model.temperature.bias.copy_(whole.logit_bias.reshape(1))
@@ -175,7 +180,9 @@ def to_transformers(model: DualEncoder) -> CLIPModel | SiglipModel:
     """Back to transformers' own class, for people who load it without fmray; CLIP and SigLIP towers only."""
     vision, text = model.config.vision_config, model.config.text_config
     if vision.model_type == "clip_vision_model" and text.model_type == "clip_text_model":
-        whole = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=model.config.embed_dim))
+        whole = CLIPModel(
+            CLIPConfig(vision_config=vision, text_config=text, projection_dim=model.config.embed_dim)
+        )
         whole.visual_projection.load_state_dict(model.vision_projection.state_dict())
         whole.text_projection.load_state_dict(model.text_projection.state_dict())
     elif vision.model_type == "siglip_vision_model" and text.model_type == "siglip_text_model":

@@ -11,8 +11,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers import SiglipTextConfig, SiglipTextModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SiglipTextConfig,
+    SiglipTextModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from fmray.assets import fetch
@@ -23,7 +30,16 @@ Pooling = Literal["cls", "mean", "eos", "last", "pooler"]
 
 OWN_POOLER = {"clip_vision_model", "clip_text_model", "siglip_vision_model", "siglip_text_model"}
 """Architectures whose pooled output is trained; the others' is an untrained or next-sentence head: left out."""
-POOLS_BY_MEAN = {"bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "mobilenet_v2", "resnet", "efficientnet"}
+POOLS_BY_MEAN = {
+    "bert",
+    "distilbert",
+    "roberta",
+    "xlm-roberta",
+    "mpnet",
+    "mobilenet_v2",
+    "resnet",
+    "efficientnet",
+}
 READS_LAST_TOKEN = {"gpt2", "llama", "qwen2", "qwen3"}
 DROPOUT_KEYS = (
     "dropout",
@@ -51,11 +67,17 @@ def tower_config(tower: TowerConfig, key: str, dropout: float | None) -> PreTrai
     if tower.source.startswith("arch:"):
         architecture = tower.source.removeprefix("arch:")
         if tower.pretrained:
-            raise ConfigError(f"{key}.pretrained", True, f"{tower.source} is an architecture without weights: set it to false")
+            raise ConfigError(
+                f"{key}.pretrained",
+                True,
+                f"{tower.source} is an architecture without weights: set it to false",
+            )
         try:
             config = AutoConfig.for_model(architecture)
         except ValueError:
-            raise ConfigError(f"{key}.source", tower.source, "transformers has no such architecture") from None
+            raise ConfigError(
+                f"{key}.source", tower.source, "transformers has no such architecture"
+            ) from None
     else:
         config = _read_config(locate(tower.source, f"{key}.source"), f"{key}.source")
     changes = dict(tower.overrides)
@@ -73,16 +95,21 @@ def _read_config(location: str, key: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(key, location, f"cannot be loaded: {reason} (no network? use an asset: or a folder)") from None
+        raise ConfigError(
+            key, location, f"cannot be loaded: {reason} (no network? use an asset: or a folder)"
+        ) from None
 
 
 def tower_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The bare model class of a configuration (AutoModel does not know SigLIP's text tower)."""
     if isinstance(config, SiglipTextConfig):
-        return SiglipTextModel
+        return SiglipTextModel  # type: ignore[no-any-return]
     if type(config) not in MODEL_MAPPING:
-        raise ConfigError("model.*.source", config.model_type, "is not a tower; take a vision or a text model")
-    return MODEL_MAPPING[type(config)]
+        raise ConfigError(
+            "model.*.source", config.model_type, "is not a tower; take a vision or a text model"
+        )
+    found: type[PreTrainedModel] = MODEL_MAPPING[type(config)]
+    return found
 
 
 def new_tower(config: PreTrainedConfig) -> PreTrainedModel:
@@ -105,7 +132,9 @@ def pretrained_tower(tower: TowerConfig, config: PreTrainedConfig, key: str) -> 
             **_without_pooler(kind),
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{key}.source", tower.source, f"cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"{key}.source", tower.source, f"cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ConfigError(f"{key}.source", tower.source, f"does not hold the tower's weights: {missing}, …")
@@ -113,7 +142,11 @@ def pretrained_tower(tower: TowerConfig, config: PreTrainedConfig, key: str) -> 
 
 
 def _without_pooler(kind: type[PreTrainedModel]) -> dict[str, Any]:
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
+    return (
+        {"add_pooling_layer": False}
+        if "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+        else {}
+    )
 
 
 def load_tokenizer(tower: TowerConfig, key: str) -> PreTrainedTokenizerFast:
@@ -122,7 +155,9 @@ def load_tokenizer(tower: TowerConfig, key: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}.source", tower.source, f"has no tokenizer: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"{key}.source", tower.source, f"has no tokenizer: {str(error).splitlines()[0]}"
+        ) from None
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -161,7 +196,9 @@ def pool(outputs: Any, pooling: Pooling, mask_BT: Tensor | None = None) -> Tenso
     if pooling == "mean":
         weight_BT1 = mask_BT.to(hidden.dtype).unsqueeze(-1)
         return (hidden * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)
-    last_B = mask_BT.long().sum(1).clamp(min=1) - 1  # right-padded: the end-of-text token is the last real one
+    last_B = (
+        mask_BT.long().sum(1).clamp(min=1) - 1
+    )  # right-padded: the end-of-text token is the last real one
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), last_B]
 
 

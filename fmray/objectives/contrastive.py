@@ -40,7 +40,9 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def _all_gather(rows: Tensor) -> Tensor:
-    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    parts = [
+        torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())
+    ]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
 
@@ -52,7 +54,9 @@ def row_keys(count: int, device: torch.device) -> Tensor:
     return torch.arange(start, start + count, device=device)
 
 
-def infonce(image_BD: Tensor, text_BD: Tensor, scale: Tensor, key_B: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def infonce(
+    image_BD: Tensor, text_BD: Tensor, scale: Tensor, key_B: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
     """Symmetric InfoNCE: (CE(images→texts) + CE(texts→images)) / 2, scalar.
 
     image_BD, text_BD: unit vectors. scale: exponentiated temperature, scalar. key_B: int64; rows with equal keys, on any
@@ -85,8 +89,8 @@ def in_batch_accuracy(image_BD: Tensor, text_BD: Tensor, key_B: Tensor) -> Tenso
 
 def _gather_pair(image_BD: Tensor, text_BD: Tensor) -> tuple[Tensor, Tensor]:
     both = gather_rows(torch.cat([image_BD, text_BD], dim=1))  # one message instead of two
-    image_GD, text_GD = both.split(image_BD.shape[1], dim=1)
-    return image_GD, text_GD
+    width = image_BD.shape[1]
+    return both[:, :width], both[:, width:]
 
 
 def _targets(key_B: Tensor, label_smoothing: float) -> Tensor:

@@ -82,7 +82,9 @@ class WorkerContext:
     def gather(self, rows: Tensor) -> Tensor:
         if self.world_size == 1:
             return rows
-        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
+        parts = [
+            torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.world_size)
+        ]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 

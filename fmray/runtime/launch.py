@@ -12,7 +12,14 @@ from typing import Any, Protocol, TypeVar
 from fmray.config.loading import dump_json
 from fmray.config.schema import ReportConfig, RunConfig, RuntimeConfig, Section
 from fmray.errors import ConfigError
-from fmray.runtime.context import Context, Outcome, WorkerContext, choose_device, prepare_process, stop_on_sigterm
+from fmray.runtime.context import (
+    Context,
+    Outcome,
+    WorkerContext,
+    choose_device,
+    prepare_process,
+    stop_on_sigterm,
+)
 from fmray.runtime.metrics import ProgressBar, PrometheusReporter, make_reporters
 from fmray.runtime.run_folder import RunFolder
 

@@ -45,17 +45,16 @@ class FileReporter:
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        self._lines = [json.dumps(line) for line in folder.metrics()]
 
     def __call__(self, step: int, metrics: Metrics) -> None:
-        line = {"step": step, "time": round(time.time(), 3), **metrics}
-        self._lines.append(json.dumps(line))
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **metrics})
         if self._folder.is_local:
             self._folder.filesystem.makedirs(self._folder.path(), exist_ok=True)
             with open(self._folder.path("metrics.jsonl"), "a", encoding="utf-8") as file:
-                file.write(self._lines[-1] + "\n")
+                file.write(line + "\n")
         else:  # object stores cannot append
-            self._folder.write_text("\n".join(self._lines) + "\n", "metrics.jsonl")
+            before = self._folder.read_text("metrics.jsonl") if self._folder.exists("metrics.jsonl") else ""
+            self._folder.write_text(f"{before}{line}\n", "metrics.jsonl")
 
 
 def drop_reports_after(folder: RunFolder, step: int) -> None:
@@ -74,7 +73,9 @@ class TensorBoardReporter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise MissingExtra("tensorboard", "trackers", "report.tensorboard=true") from None
-        self._writer: Any = SummaryWriter(folder.path("tensorboard") if folder.is_local else folder.url + "/tensorboard")
+        self._writer: Any = SummaryWriter(
+            folder.path("tensorboard") if folder.is_local else folder.url + "/tensorboard"
+        )
 
     def __call__(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -122,13 +123,17 @@ class PrometheusReporter:
         from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
         registry = CollectorRegistry()
-        self._gauges = {name: Gauge(prometheus_name(name), doc, registry=registry) for name, doc in METRICS.items()}
+        self._gauges = {
+            name: Gauge(prometheus_name(name), doc, registry=registry) for name, doc in METRICS.items()
+        }
         self._eval = Gauge("fmray_eval", "A measure of the last evaluation.", ["metric"], registry=registry)
         self._step = Gauge("fmray_step", "Optimizer steps done.", registry=registry)
         try:
             self._server = start_http_server(port, registry=registry)
         except OSError as error:
-            raise ResourceError(f"report.prometheus_port={port} cannot be opened: {error.strerror}; take another") from None
+            raise ResourceError(
+                f"report.prometheus_port={port} cannot be opened: {error.strerror}; take another"
+            ) from None
 
     def __call__(self, step: int, metrics: Metrics) -> None:
         self._step.set(step)

@@ -1,8 +1,8 @@
 """The Ray Train door: the same work on a group of workers, one rank each. Imports ray; knows no room.
 
 The driver (the process that was started) only watches: it draws progress from the run's metrics.jsonl, and on SIGTERM leaves a
-`stop` file in the run folder, which rank 0 sees and all ranks agree on. Checkpoints are the work's own and live in the run folder, so
-a worker group that Ray restarts, smaller or larger, resumes from there.
+`stop` file in the run folder, which rank 0 sees and all ranks agree on. Checkpoints are the work's own and live in the run folder,
+so a worker group that Ray restarts, smaller or larger, resumes from there.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fmray.config.schema import RuntimeConfig, Section
+from fmray.config.schema import RuntimeConfig
 from fmray.errors import FmrayError, MissingExtra, ResourceError
-from fmray.runtime.context import Context, Outcome, WorkerContext, choose_device, prepare_process, stop_on_sigterm
+from fmray.runtime.context import (
+    Context,
+    Outcome,
+    WorkerContext,
+    choose_device,
+    prepare_process,
+    stop_on_sigterm,
+)
 from fmray.runtime.metrics import EVALUATION, METRICS, ProgressBar, make_reporters, prometheus_name
 from fmray.runtime.run_folder import RunFolder
 from fmray.types import Metrics
@@ -91,7 +97,9 @@ def connected(runtime: RuntimeConfig) -> Iterator[None]:
             # the dashboard stays on: without it Ray Train prints a failed query every few seconds
             ray.init(num_cpus=os.cpu_count(), include_dashboard=True, **quiet)
     except ConnectionError as error:
-        raise ResourceError(f"runtime.address={runtime.address!r}: no Ray cluster answers there ({_first(error)})") from None
+        raise ResourceError(
+            f"runtime.address={runtime.address!r}: no Ray cluster answers there ({str(error).splitlines()[0]})"
+        ) from None
     try:
         yield
     finally:
@@ -203,7 +211,9 @@ def watching(folder: RunFolder, config: Any, steps: int) -> Iterator[None]:
                 bar.close()
 
 
-def _follow(folder: RunFolder, bar: ProgressBar | None, asked: Callable[[], bool], ended: threading.Event) -> None:
+def _follow(
+    folder: RunFolder, bar: ProgressBar | None, asked: Callable[[], bool], ended: threading.Event
+) -> None:
     seen, told = len(folder.metrics()), False
     while True:
         over = ended.wait(0.5)
@@ -211,7 +221,7 @@ def _follow(folder: RunFolder, bar: ProgressBar | None, asked: Callable[[], bool
             folder.write_text("asked by a signal to the driver\n", "stop")
             told = True
         lines = folder.metrics()
-        for line in lines[seen:]:
+        for line in lines[min(seen, len(lines)) :]:  # a restarted group cuts lines off
             if bar is not None:
                 bar(int(line["step"]), {k: v for k, v in line.items() if k not in ("step", "time")})
         seen = len(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +15,8 @@ from fmray.training.engine import Engine
 class WeightAverage:
     """EMA of the learning parameters: e ← d·e + (1 − d)·w after every step, in fp32.
 
-    d rises with the steps t as min(decay, (1 + t) / (10 + t)), so that the start is forgotten. Each rank averages what it holds: whole
-    parameters, or its shards under ZeRO-3.
+    d rises with the steps t as min(decay, (1 + t) / (10 + t)), so that the start is forgotten. Each rank averages
+    what it holds: whole parameters, or its shards under ZeRO-3.
     """
 
     def __init__(self, engine: Engine, decay: float, context: Context) -> None:
@@ -32,11 +34,13 @@ class WeightAverage:
 
     def whole(self, name: str) -> Tensor:
         """The average of one parameter in its own shape, on the CPU; a collective under ZeRO-3."""
-        parameter, held = self._parameters[name], self._average[name]
+        parameter: Any = self._parameters[name]  # DeepSpeed hangs attributes on it
+        held = self._average[name]
         if not hasattr(parameter, "ds_tensor"):
             return held.cpu()
         flat = self._context.gather(held.reshape(-1))
-        return flat[: parameter.ds_numel].view(parameter.ds_shape).cpu()
+        whole: Tensor = flat[: parameter.ds_numel].view(parameter.ds_shape).cpu()
+        return whole
 
     def load(self, name: str, value: Tensor) -> None:
         """Set one parameter's average from its whole tensor."""
@@ -57,7 +61,9 @@ def _held(parameter: nn.Parameter) -> Tensor:
 
 def whole_model(model: DualEncoder, engine: Engine, average: WeightAverage | None) -> DualEncoder:
     """A plain copy with the weights to evaluate and save, on the CPU, free of the engine; a collective."""
-    weights: dict[str, Tensor] = {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()}
+    weights: dict[str, Tensor] = {
+        name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()
+    }
     for name, parameter in model.named_parameters():
         if average is not None and parameter.requires_grad:
             weights[name] = average.whole(name).clone()
@@ -65,5 +71,8 @@ def whole_model(model: DualEncoder, engine: Engine, average: WeightAverage | Non
             with engine.gathered([parameter]):
                 weights[name] = parameter.detach().cpu().clone()
     copy = DualEncoder(model.config)
-    copy.load_state_dict(weights, strict=False)  # buffers that are not saved (position ids) are in named_buffers only
-    return copy.eval()
+    copy.load_state_dict(
+        weights, strict=False
+    )  # buffers that are not saved (position ids) are in named_buffers only
+    copy.eval()
+    return copy

@@ -31,6 +31,7 @@ from fmray.manifest import MANIFEST, FileSum, manifest_text, newest_good, step_f
 from fmray.models.clip import DualEncoder
 from fmray.models.saved import save_dual_encoder
 from fmray.runtime.context import Context
+from fmray.runtime.metrics import drop_reports_after
 from fmray.training.averaging import WeightAverage, whole_model
 from fmray.training.engine import Engine
 
@@ -77,7 +78,9 @@ class Checkpoints:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             failure = f"{'the disk is full' if full else error.strerror or error} ({self.context.folder.url})"
         except SafetensorError as error:  # its writer wraps the operating system's error in a text
-            failure = f"{'the disk is full' if 'os error 28' in str(error) else error} ({self.context.folder.url})"
+            failure = (
+                f"{'the disk is full' if 'os error 28' in str(error) else error} ({self.context.folder.url})"
+            )
         told = [json.loads(text) for text in self.context.gather_texts(_as_json(failure, sums))]
         failures = [told_failure for told_failure, _ in told if told_failure]
         if failures:
@@ -119,14 +122,16 @@ class Checkpoints:
     def _give_up(self, name: str, step: int, reason: str) -> None:
         if self.context.rank == 0:
             self.context.folder.remove("checkpoints", name)
-        good, _ = newest_good(self.context.folder.filesystem, self._root) if self.context.rank == 0 else (None, [])
+        good, _ = (
+            newest_good(self.context.folder.filesystem, self._root) if self.context.rank == 0 else (None, [])
+        )
         left = f"; the last good one is {good}" if good else ""
         raise CheckpointError(f"checkpoint of step {step} could not be saved: {reason}{left}")
 
     def _forget_old(self, newest: str) -> None:
         """Delete what is older than the last `keep`, and unfinished folders."""
         filesystem = self.context.folder.filesystem
-        finished = []
+        finished: list[str] = []
         for folder in step_folders(filesystem, self._root):
             if filesystem.exists(f"{folder}/{MANIFEST}") and len(finished) < self.keep:
                 finished.append(folder)
@@ -143,13 +148,20 @@ class Checkpoints:
             choice = good or ""
         choice = self.context.gather_texts(choice)[0]
         if not choice:
+            self._forget_reports(after=0)
             return 0
         with self._local_copy(choice) as folder:
             step = int(json.loads((folder / "state" / "trainer.json").read_text(encoding="utf-8"))["step"])
             _load_tensors(folder / "state", learner)
         learner.engine.load_step(step)
-        self.context.barrier()
+        self._forget_reports(after=step)
         return step
+
+    def _forget_reports(self, after: int) -> None:
+        """What a killed run reported beyond its checkpoint will be reported again."""
+        if self.context.rank == 0:
+            drop_reports_after(self.context.folder, after)
+        self.context.barrier()
 
     @contextmanager
     def _local_copy(self, checkpoint: str) -> Iterator[Path]:
@@ -184,7 +196,7 @@ def _load_tensors(folder: Path, learner: Learner) -> None:
     readers: dict[str, tuple[Callable[[str], Tensor], list[str]]] = {}
     for path in sorted(folder.glob("tensors-*.safetensors")):
         opened = safe_open(path, framework="pt")
-        for key in opened.keys():  # noqa: SIM118 (not a dict)
+        for key in opened.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118 (not a dict)
             name, _, kind = key.rpartition("|")
             readers.setdefault(name, (opened.get_tensor, []))[1].append(kind)
     wanted = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
@@ -196,7 +208,9 @@ def _load_tensors(folder: Path, learner: Learner) -> None:
         tensors = {kind: get(f"{name}|{kind}") for kind in kinds}
         shape = tuple(getattr(wanted[name], "ds_shape", wanted[name].shape))
         if tuple(tensors["weight"].shape) != shape:
-            raise CheckpointError(f"{folder}: is of another model: {name} has shape {tuple(tensors['weight'].shape)}, not {shape}")
+            raise CheckpointError(
+                f"{folder}: is of another model: {name} has shape {tuple(tensors['weight'].shape)}, not {shape}"
+            )
         averaged = tensors.pop("average", None)
         learner.engine.load_tensors(name, tensors)
         if learner.average is not None:

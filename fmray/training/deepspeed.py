@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from fmray.config.schema import EngineConfig, OptimizerConfig
 from fmray.errors import MissingExtra
@@ -30,7 +31,8 @@ def deepspeed_settings(
         "stage": engine.zero_stage,
         "contiguous_gradients": True,
         "overlap_comm": device.type == "cuda",
-        "reduce_scatter": device.type == "cuda",  # gloo has none for every dtype; all-reduce gives the same sums
+        "reduce_scatter": device.type
+        == "cuda",  # gloo has none for every dtype; all-reduce gives the same sums
         "stage3_gather_16bit_weights_on_model_save": False,
     }
     if engine.offload != "none":
@@ -111,7 +113,10 @@ class DeepSpeedEngine:
                 tensors = {"weight": safe_get_full_fp32_param(parameter)}
                 tensors |= {k: safe_get_full_optimizer_state(parameter, k) for k in MOMENTS}
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            yield self._names[parameter], {k: v.detach().float().reshape(shape).cpu() for k, v in tensors.items()}
+            yield (
+                self._names[parameter],
+                {k: v.detach().float().reshape(shape).cpu() for k, v in tensors.items()},
+            )
 
     def load_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         parameter = self._by_name[name]
@@ -124,7 +129,8 @@ class DeepSpeedEngine:
             self._optimizer.state[parameter] = {"step": torch.tensor(0.0), **state}
             return
         self._make_state()
-        for key, value in {None: tensors["weight"], **moments}.items():
+        self._write(parameter, None, tensors["weight"])
+        for key, value in moments.items():
             self._write(parameter, key, value)
 
     def _write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
@@ -160,20 +166,28 @@ class DeepSpeedEngine:
     def _make_state(self) -> None:
         """AdamW makes its moments at the first step; saving and loading need them before."""
         zero = self._optimizer
-        shares = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        shares = (
+            zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        )
         for share in shares:
             if "exp_avg" not in zero.optimizer.state[share]:
                 moments = {key: torch.zeros_like(share) for key in MOMENTS}
                 zero.optimizer.state[share] = {"step": torch.tensor(0.0), **moments}
         if self._stage < 3:
-            zero._hp_optimizer_states_linked = False  # DeepSpeed links once, before the later groups have moments
+            zero._hp_optimizer_states_linked = (
+                False  # DeepSpeed links once, before the later groups have moments
+            )
             zero._lazy_init_hp_params_optimizer_state()
 
-    def gathered(self, parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[object]:
+    def gathered(
+        self, parameters: list[nn.Parameter], *, write: bool = False
+    ) -> AbstractContextManager[object]:
         if self._stage < 3:
             return nullcontext()
         rank: int | None = 0 if write else None
-        gathered: AbstractContextManager[object] = self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=rank)
+        gathered: AbstractContextManager[object] = self._deepspeed.zero.GatheredParameters(
+            parameters, modifier_rank=rank
+        )
         return gathered
 
 
@@ -190,7 +204,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists on the variable, not on its meaning
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    os.environ.setdefault(
+        "LOCAL_RANK", str(device.index or 0)
+    )  # it insists on the variable, not on its meaning
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed

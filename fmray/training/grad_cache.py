@@ -1,14 +1,16 @@
 """GradCache: the gradient of a loss over a whole batch with only a chunk's activations in memory (Gao et al. 2021).
 
-1. Embed every chunk without a graph. 2. Compute the loss on all embeddings and its gradient with respect to each.
-3. Embed every chunk again, with a graph, and push that gradient through it. Exact, the temperature's gradient included, under every engine:
-only the last chunk's backward is announced as the last (ZeRO reduces then). The noise of a chunk (dropout) is the same in both passes because it is
-seeded by the chunk, not remembered. The chunk that comes last keeps its graph from the first pass: one forward less.
+1. Embed every chunk without a graph. 2. Compute the loss on all embeddings, and its gradient with respect to each.
+3. Embed every chunk again, with a graph, and push its rows of that gradient through it.
+
+Exact under every engine, the temperature's gradient included: only the last chunk's backward is announced as the last, so
+ZeRO reduces once. The noise of a chunk (dropout) is the same in both passes because it is seeded by the chunk, not remembered.
+The last chunk keeps its graph from the first pass: one forward less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +41,13 @@ class GradCache:
         last = self._forward(batch, chunks, len(chunks) - 1, noise_seed)
         whole = _join([*parts, {name: value.detach() for name, value in last.items()}])
         loss = self.loss(whole, batch)
-        gradients = dict(zip(whole, torch.autograd.grad(loss, list(whole.values()), allow_unused=True), strict=True))
-        order = [len(chunks) - 1, *range(len(chunks) - 1)]  # the graph that is alive first, so that it is freed first
+        gradients = dict(
+            zip(whole, torch.autograd.grad(loss, list(whole.values()), allow_unused=True), strict=True)
+        )
+        order = [
+            len(chunks) - 1,
+            *range(len(chunks) - 1),
+        ]  # the graph that is alive first, so that it is freed first
         for place, index in enumerate(order):
             outputs = last if place == 0 else self._forward(batch, chunks, index, noise_seed)
             surrogate = _surrogate(outputs, gradients, chunks[index], scalars=place == 0)
@@ -70,7 +77,9 @@ def _join(parts: list[Outputs]) -> Outputs:
     return joined
 
 
-def _surrogate(outputs: Outputs, gradients: dict[str, Tensor | None], rows: slice, *, scalars: bool) -> Tensor:
+def _surrogate(
+    outputs: Outputs, gradients: Mapping[str, Tensor | None], rows: slice, *, scalars: bool
+) -> Tensor:
     """A scalar whose gradient through this chunk is the whole loss's; scalars carry theirs in one chunk only."""
     total: Tensor | None = None
     for name, value in outputs.items():

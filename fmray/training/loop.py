@@ -73,7 +73,12 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
             context.report(done, metrics)
         stopping = context.stop_requested()
         last = done == config.train.steps
-        if last or stopping or due(done, config.train.checkpoint_every) or due(done, config.train.evaluate_every):
+        if (
+            last
+            or stopping
+            or due(done, config.train.checkpoint_every)
+            or due(done, config.train.evaluate_every)
+        ):
             exported = learner.exported()
             if last or (due(done, config.train.evaluate_every) and not stopping):
                 context.report(done, evaluated(exported, learner, config, context))
@@ -187,6 +192,11 @@ class Watch:
             log.warning("sample skipped: %s", reason)
             self._bad_names.append(reason)
         if self._bad > self.bad_allowed:
-            names = [name for names in context.gather_texts("\n".join(self._bad_names)) for name in names.split("\n") if name]
+            names = [
+                name
+                for names in context.gather_texts("\n".join(self._bad_names))
+                for name in names.split("\n")
+                if name
+            ]
             shown = "; ".join(names[:5]) + ("; …" if len(names) > 5 else "")
             raise DataError(f"{self._bad} unreadable pictures, more than data.max_bad_share allows: {shown}")

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import tiny_batch, tiny_model
-from tests.workers import run_workers
 
 from fmray.config.schema import EngineConfig, OptimizerConfig
 from fmray.models.freezing import parameter_groups
@@ -15,13 +13,17 @@ from fmray.objectives.contrastive import infonce
 from fmray.training.engine import Engine, make_engine, rates_at
 from fmray.training.grad_cache import GradCache, Outputs, forward_outputs
 from fmray.types import ImageTextBatch
+from tests.tiny import tiny_batch, tiny_model
+from tests.workers import run_workers
 
 ROWS, STEPS = 16, 4
 OPTIMIZER = OptimizerConfig(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1, gradient_clipping=0.5)
 
 
 def contrast(outputs: Outputs, batch: ImageTextBatch) -> torch.Tensor:
-    return infonce(outputs["image_embeds"], outputs["text_embeds"], outputs["logit_scale"], batch.caption_key_B)
+    return infonce(
+        outputs["image_embeds"], outputs["text_embeds"], outputs["logit_scale"], batch.caption_key_B
+    )
 
 
 def engine_for(stage: int | None, rows: int, dropout: float = 0.0) -> tuple[Engine, list[Any]]:
@@ -31,7 +33,9 @@ def engine_for(stage: int | None, rows: int, dropout: float = 0.0) -> tuple[Engi
     return make_engine(model, groups, OPTIMIZER, config, torch.device("cpu"), rows), groups
 
 
-def train(rank: int, world: int, stage: int | None, chunk: int | None, restart: bool = False) -> dict[str, Any]:
+def train(
+    rank: int, world: int, stage: int | None, chunk: int | None, restart: bool = False
+) -> dict[str, Any]:
     """Four steps; returns losses, norms and all tensors."""
     rows = ROWS // world
     engine, groups = engine_for(stage, chunk or rows)
