@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MobileNetV2Config, MobileNetV2Model
 
@@ -20,14 +21,15 @@ def build_mobilenet_v2(raw: Path, done: Path) -> None:
     """torchvision's `mobilenet_v2-b0353104.pth` as a folder for `MobileNetV2Model.from_pretrained`."""
     state = torch.load(raw / "mobilenet_v2-b0353104.pth", map_location="cpu", weights_only=True)
     # torchvision's arithmetic: symmetric padding, eps 1e-5 (transformers' defaults are TensorFlow's)
-    config = MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5)
+    config = MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5, architectures=["MobileNetV2Model"])
     model = MobileNetV2Model(config)
     missing, unexpected = model.load_state_dict(mobilenet_v2_names(state), strict=False)
     if missing or unexpected:
         raise AssetError(
             f"asset 'mobilenet_v2': weights do not fit: missing {missing}, unexpected {unexpected}"
         )
-    model.save_pretrained(done)
+    config.save_pretrained(done)
+    save_file(model.state_dict(), done / "model.safetensors", metadata={"format": "pt"})
 
 
 def mobilenet_v2_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
