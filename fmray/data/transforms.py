@@ -119,8 +119,6 @@ def random_backgrounds(seeds: Sequence[int]) -> Tensor:
 
 
 _BYTES_AT_ONCE = 2_400_000  # of float32: it stays in a core's cache, which makes it 2.5 times as fast
-    2_400_000  # 16 rows of 96 px in float32: they stay in a core's cache, which is 2.5 times as fast
-)
 
 
 def augment(rgba_B4HW: Tensor, config: AugmentConfig, seeds: Sequence[int]) -> Tensor:
