@@ -66,7 +66,9 @@ def assets(arguments: Arguments) -> int:
             say(f"{name}: {fetch(name)}")
         return 0
     for row in list_assets():
-        say(f"{row.name:<14}{'cached' if row.cached else '-':<8}{row.requirement:<42}{row.licence:<24}{row.what}")
+        say(
+            f"{row.name:<14}{'cached' if row.cached else '-':<8}{row.requirement:<42}{row.licence:<24}{row.what}"
+        )
     return 0
 
 

@@ -65,7 +65,9 @@ def _verify_file(filesystem: Any, folder: str, name: str, expected: dict[str, An
         raise CheckpointError(f"{target}: is missing")
     size = filesystem.size(target)
     if size != expected["size"]:
-        raise CheckpointError(f"{target}: is truncated or altered ({size} bytes, {expected['size']} expected)")
+        raise CheckpointError(
+            f"{target}: is truncated or altered ({size} bytes, {expected['size']} expected)"
+        )
     digest = hashlib.sha256()
     with filesystem.open(target, "rb") as stream:
         while block := stream.read(1 << 22):

@@ -45,7 +45,9 @@ class ImageTextBatch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__})
+        return replace(
+            self, **{name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__}
+        )
 
     def rows(self, rows: slice) -> Self:
         """A micro-batch: the same rows of every tensor."""
