@@ -24,7 +24,6 @@ from fmray.config.schema import (
     EmojiSource,
     EvaluateConfig,
     EvaluateRunConfig,
-    FolderSource,
     ImageConfig,
     SourceConfig,
 )
@@ -189,20 +188,42 @@ def evaluate_pairs(
     return metrics
 
 
-def classify_folders(source: Source, own: PairEmbeddings, context: Context) -> tuple[list[str], ZeroShot]:
-    """Zero-shot classification of a folder of classes: their names, and the result. A caption is a class."""
-    pairs, image_key_N, text_key_C = own.gathered(context).distinct()
+def caption_of(source: Source, pairs: PairEmbeddings, row: int) -> str:
+    """The text of a caption row, found again among the captions of the sample it came with."""
+    sample = source[int(pairs.sample_N[pairs.owner_P[row]])]
+    return next(text for text in sample.captions if caption_key(text) == int(pairs.caption_P[row]))
+
+
+def classify_captions(
+    source: Source, own: PairEmbeddings, context: Context
+) -> tuple[list[str], ZeroShot] | None:
+    """Zero-shot classification where captions are classes: their names and the result.
+
+    None where they are not: a picture with several captions, or fewer than two pictures for each on average.
+    """
+    gathered = own.gathered(context)
+    pairs, image_key_N, text_key_C = gathered.distinct()
+    pictures, classes = len(pairs.image_ND), len(pairs.text_PD)
+    if len(gathered.text_PD) > pictures or 2 * classes > pictures:
+        return None
     label_N = (image_key_N[:, None] == text_key_C).int().argmax(dim=1)
-    first_C = pairs.sample_N[pairs.owner_P].tolist()
-    names = [source.name(index).split("/")[0].replace("_", " ") for index in first_C]
+    names = without_common_start([caption_of(source, pairs, row) for row in range(classes)])
     mine, labels = own_share(pairs.image_ND, context), own_share(label_N, context)
     return names, evaluate_zero_shot(mine, labels, pairs.text_PD, context)
+
+
+def without_common_start(names: list[str]) -> list[str]:
+    """`["a photo of a cat", "a photo of a cow"]` to `["cat", "cow"]`: whole words only."""
+    words = [name.split() for name in names]
+    alike = [len(set(column)) == 1 for column in zip(*words, strict=False)]
+    shared = min([*(len(name) - 1 for name in words), [*alike, False].index(False)])
+    return [" ".join(name[shared:]) for name in words]
 
 
 def evaluate(config: EvaluateRunConfig, context: Context) -> Metrics:
     """Measure a saved model; reports, and writes `evaluation.json` in the run folder.
 
-    Retrieval always; a folder of classes is also classified, with the confusion matrix in the file.
+    Retrieval always; where captions are classes, zero-shot accuracy too, and the confusion matrix in the file.
     """
     started = time.perf_counter()
     loaded = load_dual_encoder(config.checkpoint, context.device)
@@ -210,8 +231,8 @@ def evaluate(config: EvaluateRunConfig, context: Context) -> Metrics:
     result: dict[str, object] = {"checkpoint": config.checkpoint, "metrics": metrics}
     for prefix, source, pairs in embedded_splits(loaded, config.data, config.evaluate, context):
         metrics |= evaluate_retrieval(pairs, context, prefix)
-        if isinstance(config.data.source, FolderSource):
-            names, zero_shot = classify_folders(source, pairs, context)
+        if classified := classify_captions(source, pairs, context):
+            names, zero_shot = classified
             metrics |= zero_shot.metrics
             result |= {"classes": names, "confusion": zero_shot.confusion_CC.tolist()}
     metrics["time/evaluate"] = time.perf_counter() - started

@@ -9,7 +9,7 @@ from html import escape
 from itertools import groupby
 
 WIDTH, HEIGHT = 520, 270
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 30, 44
 COLORS = 6
 DOTS_UP_TO = 40
 """Lines with no more points than this show each one, with its numbers as a tooltip."""
@@ -41,8 +41,8 @@ class Axis:
 
 
 def number(value: float) -> str:
-    """`0.0003`, `12.5`, `1500`, `2e-06`: at most five digits, no trailing zeros."""
-    return f"{value:.5g}"
+    """`0.0003`, `12.5`, `1500`, `2e-06`: four digits (more for whole numbers), no trailing zeros."""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e7 else f"{value:.4g}"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -54,11 +54,10 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def span(values: Sequence[float], *, from_zero: bool = False) -> tuple[float, float]:
-    """Lowest and highest value, never equal."""
+    """Lowest and highest value, never equal; `from_zero` takes in 0."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    low = min(low, 0.0) if from_zero else low
-    margin = 0.0 if high > low else abs(low) * 0.1 or 1.0
-    return low - (0.0 if from_zero else margin), high + margin
+    low, high = (min(low, 0.0), max(high, 0.0)) if from_zero else (low, high)
+    return (low, high) if high > low else (low, low + (abs(low) * 0.1 or 1.0))
 
 
 def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool = False) -> str:
@@ -72,13 +71,12 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: 
         [*_grid(x, y), *(part for i, line in enumerate(lines) for part in _line(line, i % COLORS, x, y))]
     )
     description = escape(f"{y_label} over {x_label}: {summary or 'no values'}")
-    middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
+    middle = (LEFT + WIDTH - RIGHT) / 2
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{description}">{body}'
-        f'<text x="{middle_x}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
-        f'<text transform="translate(11 {middle_y}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text></svg>"
+        f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text x="2" y="14">{escape(y_label)}</text></svg>'
     )
 
 

@@ -188,7 +188,9 @@ def _line_chart(chart: LineChart) -> str:
 
 
 def _gallery(gallery: Gallery) -> str:
-    return f'<div class="gallery">{"".join(_exhibit(exhibit) for exhibit in gallery.exhibits)}</div>'
+    roomy = any(answer.picture is not None for exhibit in gallery.exhibits for answer in exhibit.answers)
+    cards = "".join(_exhibit(exhibit) for exhibit in gallery.exhibits)
+    return f'<div class="gallery{" roomy" if roomy else ""}">{cards}</div>'
 
 
 def _exhibit(exhibit: Exhibit) -> str:
@@ -219,7 +221,7 @@ def _matrix(matrix: Matrix) -> str:
 
 
 def _cell(count: int, share: float) -> str:
-    tone = "strong" if share > 0.5 else "weak" if count else "zero"
+    tone = "strong" if share > 0.65 else "weak" if count else "zero"
     return f'<td class="{tone}" style="--share:{share:.3f}">{count or "·"}</td>'
 
 

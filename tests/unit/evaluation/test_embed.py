@@ -19,12 +19,20 @@ from fmray.config.schema import (
     EvaluateConfig,
     EvaluateRunConfig,
     FolderSource,
-    ImageConfig,
     JsonlSource,
 )
 from fmray.data.sources import open_source
 from fmray.errors import DataError
-from fmray.evaluation.embed import caption_key, embed_pairs, embed_texts, evaluate, evaluate_pairs, measuring
+from fmray.evaluation.embed import (
+    caption_key,
+    classify_captions,
+    embed_pairs,
+    embed_texts,
+    evaluate,
+    evaluate_pairs,
+    measuring,
+    without_common_start,
+)
 from fmray.models.saved import LoadedDualEncoder, save_dual_encoder
 from fmray.types import Metrics
 from tests.tiny import tiny_model
@@ -167,7 +175,6 @@ def test_three_ranks_give_the_numbers_of_one(folder: Path) -> None:
     (folder / "7.png").write_bytes(b"damaged, on one rank")
     sizes = [4, 16]  # 6 batches; 2 batches, so that the third rank has none
     alone = measure_in_batches(0, 1, str(folder), sizes)
-    assert alone[0] == alone[1]
     for metrics in run_workers(3, measure_in_batches, str(folder), sizes):
         assert metrics == alone
 
@@ -177,5 +184,21 @@ def test_equal_captions_have_equal_keys_in_int64() -> None:
     assert torch.tensor([caption_key(str(i)) for i in range(100)]).unique().numel() == 100
 
 
-def test_image_config_is_the_models_own() -> None:
-    assert tiny_encoder().image == ImageConfig(size=16, normalize="half")
+@pytest.mark.parametrize(
+    ("captions", "names"),
+    [
+        (["a photo of a cat", "a photo of a cow"], ["cat", "cow"]),  # not "at" and "ow"
+        (["a fish", "a fish tank"], ["fish", "fish tank"]),
+        (["cat", "dog"], ["cat", "dog"]),
+        (["a cat"], ["cat"]),
+    ],
+)
+def test_class_names_lose_the_sentence_they_share(captions: list[str], names: list[str]) -> None:
+    assert without_common_start(captions) == names
+
+
+def test_captions_of_their_own_are_no_classes(folder: Path) -> None:
+    encoder, source = tiny_encoder(), open_source(JsonlSource(path=str(folder)), "test")
+    with measuring(encoder.model):
+        pairs = embed_pairs(encoder, source, EvaluateConfig(), 0.0, context())
+    assert classify_captions(source, pairs, context()) is None
