@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -16,33 +17,40 @@ from fmray.errors import ResourceError
 from fmray.runtime.ports import bind
 
 
-def connect(address: str | None) -> bool:
-    """Join the cluster at `address`, or start Ray on this machine; True where it was started here.
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Inside, Ray is there: this process's own, the cluster at `address`, or one started here.
 
     Raises ResourceError where no cluster answers.
     """
     if ray.is_initialized():
-        return False
+        yield
+        return
     try:
         # log_to_driver would print every replica's lines here; they are in Ray's log folder and its dashboard
         ray.init(address=address, log_to_driver=False, logging_level="warning")
     except (ConnectionError, TimeoutError, ValueError) as error:
         raise ResourceError(f"runtime.address={address}: {str(error).splitlines()[0]}") from None
-    return address is None
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def run_app(
     build: Callable[[], FastAPI], *, name: str, replicas: int, host: str, port: int, cpus: float, gpus: float
 ) -> None:
-    """Deploy the app that `build` makes inside each replica, and return once it answers; needs `connect`.
+    """Deploy the app that `build` makes inside each replica, and return once it answers; inside `cluster`.
 
     Raises ResourceError: the port is taken, the cluster is too small, or the replicas do not come up.
     """
-    if not serve.status().proxies:  # where Serve runs, the port is its own
+    _check_capacity({"CPU": replicas * cpus, "GPU": replicas * gpus})
+    if serve.status().proxies:
+        _check_listens(host, port)
+    else:
         bind(host, port).close()
         options = {"host": host, "port": port}
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=_quiet())
-    _check_capacity({"CPU": replicas * cpus, "GPU": replicas * gpus})
 
     def build_in_replica() -> ASGIApp:  # Serve takes a function, no other callable
         return _without_request_id(build())
@@ -57,12 +65,18 @@ def run_app(
     )
     try:
         serve.run(deployment.bind(), name=name, route_prefix="/")
-    except RuntimeError as error:
-        serve.delete(name)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ResourceError(
-            f"Ray Serve could not start {name}: {lines[-1] if lines else 'no reason given'}"
-        ) from None
+    except RuntimeError:
+        reason = _last_error(name)
+        stop_app(name)
+        raise ResourceError(f"Ray Serve could not start {name}: {reason}") from None
+
+
+def _last_error(name: str) -> str:
+    """The last line of a replica's traceback, which Serve keeps in a deployment's status."""
+    deployments = serve.status().applications[name].deployments.values()
+    lines = [line.strip() for deployment in deployments for line in deployment.message.splitlines()]
+    errors = [line for line in lines if "Error: " in line]
+    return errors[-1] if errors else "see Ray's dashboard"
 
 
 def _without_request_id(app: ASGIApp) -> ASGIApp:
@@ -84,6 +98,17 @@ def _quiet() -> dict[str, Any]:
     return {"log_level": "WARNING", "enable_access_log": False}
 
 
+def _check_listens(host: str, port: int) -> None:
+    """A Serve that runs keeps its port, whatever is asked; through `ray://` its host is another: not checked."""
+    if ray.util.client.ray.is_connected():
+        return
+    try:
+        bind(host, port).close()
+    except ResourceError:
+        return
+    raise ResourceError(f"Ray Serve runs on this cluster already, on another port than {port}: use that one")
+
+
 def _check_capacity(asked: dict[str, float]) -> None:
     """Without this, Serve waits for ever for a node that nobody will add."""
     have = ray.cluster_resources()
@@ -92,13 +117,11 @@ def _check_capacity(asked: dict[str, float]) -> None:
             raise ResourceError(f"{amount:g} {kind} asked for, the cluster has {have.get(kind, 0.0):g}")
 
 
-def stop_app(name: str, *, started_here: bool) -> None:
-    """Drain the application; a Ray of our own is ended too, a cluster's keeps its other applications."""
-    if started_here:
+def stop_app(name: str) -> None:
+    """Drain the application; end Serve where it was the last one."""
+    serve.delete(name)
+    if not serve.status().applications:
         serve.shutdown()
-        ray.shutdown()
-    else:
-        serve.delete(name)
 
 
 def wait_while_running(name: str, stop_asked: Callable[[], bool]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from fmray.config.schema import ServeConfig
 from fmray.errors import MissingExtra
+from fmray.manifest import find_model_folder
 from fmray.runtime.context import choose_device, stop_on_sigterm
 from fmray.runtime.ports import bind
 
@@ -70,22 +71,24 @@ def _serve_here(config: ServeConfig) -> None:
 def _serve_on_ray(config: ServeConfig) -> None:
     from fmray.runtime import ray_serve
 
-    started_here = ray_serve.connect(config.runtime.address)
-    with stop_on_sigterm() as stop_asked:  # after Ray, whose own handler would end the process
+    # found once, as an absolute path: replicas have another working folder, and must not differ in what they load
+    config = config.replace(checkpoint=find_model_folder(config.checkpoint))
+    # the signals after Ray, whose own handler would end the process
+    with ray_serve.cluster(config.runtime.address), stop_on_sigterm() as stop_asked:
+        ray_serve.run_app(
+            lambda: build_clip_app(config),
+            name=config.model_id,
+            replicas=config.replicas,
+            host=config.host,
+            port=config.port,
+            cpus=config.runtime.cpus_per_worker,
+            gpus=config.runtime.gpus_per_worker,
+        )
         try:
-            ray_serve.run_app(
-                lambda: build_clip_app(config),
-                name=config.model_id,
-                replicas=config.replicas,
-                host=config.host,
-                port=config.port,
-                cpus=config.runtime.cpus_per_worker,
-                gpus=config.runtime.gpus_per_worker,
-            )
             logger.info("serving %s on http://%s:%d/v1 (Ray)", config.model_id, config.host, config.port)
             ray_serve.wait_while_running(config.model_id, stop_asked)
         finally:
-            ray_serve.stop_app(config.model_id, started_here=started_here)
+            ray_serve.stop_app(config.model_id)
 
 
 def _need(extra: str, *packages: str) -> None:

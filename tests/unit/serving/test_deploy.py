@@ -74,3 +74,16 @@ def test_more_than_the_cluster_has_is_said_at_once(ray_session: None, checkpoint
     runtime = RuntimeConfig(kind="ray", cpus_per_worker=99)
     with pytest.raises(ResourceError, match=r"99 CPU asked for, the cluster has \d"):
         serve(ServeConfig(checkpoint=checkpoint, runtime=runtime, port=free_port()))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_taken_port_is_one_line_on_ray_too(ray_session: None, checkpoint: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = ServeConfig(
+            checkpoint=checkpoint, runtime=RuntimeConfig(kind="ray"), port=taken.getsockname()[1]
+        )
+        with pytest.raises(ResourceError, match=r"^port \d+ on 127.0.0.1 is in use"):
+            serve(config)
