@@ -2,7 +2,7 @@
 
 import sys
 
-from fmray.cli import evaluate, door
+from fmray.cli import door, evaluate
 
 if __name__ == "__main__":
     sys.exit(door(evaluate))

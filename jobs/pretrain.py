@@ -2,7 +2,7 @@
 
 import sys
 
-from fmray.cli import pretrain, door
+from fmray.cli import door, pretrain
 
 if __name__ == "__main__":
     sys.exit(door(pretrain))

@@ -2,7 +2,7 @@
 
 import sys
 
-from fmray.cli import serve, door
+from fmray.cli import door, serve
 
 if __name__ == "__main__":
     sys.exit(door(serve))

@@ -77,7 +77,10 @@ def load_config(root: type[Root], recipes: Recipes[Root], arguments: Sequence[st
         else:
             overrides.append(word)
     base = _from_recipe(recipe, recipes)
-    for layer in [*layers, *map(parse_override, overrides)]:
+    together: dict[str, Any] = {}  # first with each other: their order must not matter
+    for override in map(parse_override, overrides):
+        together = merge(together, override)
+    for layer in [*layers, together]:
         base = merge(base, layer)
     return validate(root, base)
 
@@ -135,7 +138,7 @@ def _number(text: str) -> str | float:
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` laid on `base`, section by section. Another kind of source replaces its section: its keys are others'."""
-    if over.get("kind") in SOURCE_KINDS and over["kind"] != base.get("kind"):
+    if over.get("kind") in SOURCE_KINDS and base.get("kind", over["kind"]) != over["kind"]:
         return dict(over)
     merged = dict(base)
     for key, value in over.items():

@@ -152,8 +152,8 @@ def from_transformers(whole: CLIPModel | SiglipModel, image: ImageConfig) -> Dua
     """The same function as a CLIPModel or SiglipModel, its towers reused without a copy."""
     clip = isinstance(whole, CLIPModel)
     config = DualEncoderConfig(
-        vision_config=whole.config.vision_config,
-        text_config=whole.config.text_config,
+        vision_config=whole.config.vision_config.to_dict(),  # copies: models write into their configurations
+        text_config=whole.config.text_config.to_dict(),
         image=image.model_dump(mode="json"),
         embed_dim=whole.config.projection_dim if clip else whole.config.vision_config.hidden_size,
         vision_pooling="pooler",
@@ -178,20 +178,22 @@ def from_transformers(whole: CLIPModel | SiglipModel, image: ImageConfig) -> Dua
 
 def to_transformers(model: DualEncoder) -> CLIPModel | SiglipModel:
     """Back to transformers' own class, for people who load it without fmray; CLIP and SigLIP towers only."""
-    vision, text = model.config.vision_config, model.config.text_config
-    if vision.model_type == "clip_vision_model" and text.model_type == "clip_text_model":
+    vision, text = model.config.vision_config.to_dict(), model.config.text_config.to_dict()
+    towers = (vision["model_type"], text["model_type"])
+    if towers == ("clip_vision_model", "clip_text_model"):
         whole = CLIPModel(
             CLIPConfig(vision_config=vision, text_config=text, projection_dim=model.config.embed_dim)
         )
         whole.visual_projection.load_state_dict(model.vision_projection.state_dict())
         whole.text_projection.load_state_dict(model.text_projection.state_dict())
-    elif vision.model_type == "siglip_vision_model" and text.model_type == "siglip_text_model":
+    elif towers == ("siglip_vision_model", "siglip_text_model"):
         whole = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
         assert model.temperature.bias is not None
         whole.logit_bias.data.fill_(model.temperature.bias.item())
     else:
-        towers = f"{vision.model_type} and {text.model_type}"
-        raise CheckpointError(f"transformers has no class for {towers} together; keep fmray's own folder")
+        raise CheckpointError(
+            f"transformers has no class for {' and '.join(towers)} together; keep fmray's own folder"
+        )
     whole.vision_model.load_state_dict(model.vision.state_dict())
     whole.text_model.load_state_dict(model.text.state_dict())
     whole.logit_scale.data.fill_(model.temperature.log_scale.item())

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from fmray.errors import CheckpointError
 from fmray.manifest import MANIFEST, FileSum, manifest_text, newest_good, step_folders, sum_file
 from fmray.models.clip import DualEncoder
+from fmray.models.freezing import ParameterGroup
 from fmray.models.saved import save_dual_encoder
 from fmray.runtime.context import Context
 from fmray.runtime.metrics import drop_reports_after
@@ -44,6 +45,7 @@ class Learner:
 
     model: DualEncoder
     tokenizer: PreTrainedTokenizerFast
+    groups: list[ParameterGroup]
     engine: Engine
     average: WeightAverage | None
 
@@ -205,7 +207,8 @@ def _load_tensors(folder: Path, learner: Learner) -> None:
         raise CheckpointError(f"{folder}: is of another model or another freezing: it differs in {odd}")
     for name in wanted:
         get, kinds = readers[name]
-        tensors = {kind: get(f"{name}|{kind}") for kind in kinds}
+        # copies: the tensors are the mapped file, which may change or go while the optimizer still holds them
+        tensors = {kind: get(f"{name}|{kind}").clone() for kind in kinds}
         shape = tuple(getattr(wanted[name], "ds_shape", wanted[name].shape))
         if tuple(tensors["weight"].shape) != shape:
             raise CheckpointError(

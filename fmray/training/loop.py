@@ -28,66 +28,64 @@ log = logging.getLogger(__name__)
 
 
 def pretrain(config: PretrainConfig, context: Context) -> Outcome:
-    """Train, evaluate and save a dual encoder; the same code on one process and on every rank of many."""
-    # ---------------------------------------------------------------------------------------------- 1. who learns, from what
-    torch.manual_seed(config.run.seed)
-    model, tokenizer = build_dual_encoder(config.model, config.objective, config.data)
+    """Train, evaluate and save a dual encoder; the same code in one process and on every rank of many."""
+    # -------------------------------------------------------------------------------- 1. who learns, from what
+    learner = make_learner(config, context)
+    model, engine = learner.model, learner.engine
     source = open_source(config.data.source, "train")
     pad_to = model.config.max_tokens if model.config.pad_to_max else None
-    dataset = PairDataset(source, tokenizer, config.data, model.image, config.run.seed, pad_to)
+    dataset = PairDataset(source, learner.tokenizer, config.data, model.image, config.run.seed, pad_to)
     loader = PairLoader(dataset, context.rank, context.world_size)
 
-    groups = parameter_groups(model, config.parts, config.optimizer.lr, config.optimizer.weight_decay)
+    # --------------------------------------------------------------------------- 2. where an earlier run left off
+    checkpoints = Checkpoints(context, config.train.keep_checkpoints)
+    first = checkpoints.resume(learner)
+    watch = Watch(config.data.batch_size, bad_allowed=config.data.max_bad_share * len(source))
+
+    # --------------------------------------------------------------------------------------------- 3. the steps
+    for step, loaded in loader.batches(first, config.train.steps):
+        watch.data_arrived()
+        batch = loaded.rows.to(context.device)
+        loss, outputs = learn(learner, batch, config, context, step)
+        rates = rates_at(learner.groups, config.optimizer, step, config.train.steps)
+        norm = engine.step(rates)
+        if learner.average is not None:
+            learner.average.update(step)
+
+        done, last = step + 1, step + 1 == config.train.steps
+        metrics = watch.metrics(loss, outputs, batch, loaded, context)
+        if last or due(done, config.train.log_every):
+            rate = {"train/gradient_norm": norm, "train/learning_rate": max(rates)}
+            context.report(done, metrics | rate)
+        stopping = context.stop_requested() and not last
+        evaluating = last or (due(done, config.train.evaluate_every) and not stopping)
+        saving = last or stopping or due(done, config.train.checkpoint_every)
+        if evaluating or saving:
+            exported = learner.exported()
+        if evaluating:
+            context.report(done, evaluated(exported, learner, config, context))
+        if saving:
+            checkpoints.save(done, learner, exported)
+        if stopping:
+            return Outcome(steps=done, finished=False)
+        watch.step_ended()
+    return Outcome(steps=config.train.steps, finished=True)
+
+
+def make_learner(config: PretrainConfig, context: Context) -> Learner:
+    """Model, engine and average, fresh: every rank makes the same from the seed."""
+    torch.manual_seed(config.run.seed)
+    model, tokenizer = build_dual_encoder(config.model, config.objective, config.data)
     if config.engine.activation_checkpointing:
         model.vision.activation_checkpointing_enable()
         model.text.activation_checkpointing_enable()
+    groups = parameter_groups(model, config.parts, config.optimizer.lr, config.optimizer.weight_decay)
     rows = config.data.batch_size // context.world_size
     micro_batch = min(rows, config.objective.grad_cache_chunk or rows)
     engine = make_engine(model.train(), groups, config.optimizer, config.engine, context.device, micro_batch)
     decay = config.optimizer.ema_decay
     average = WeightAverage(engine, decay, context) if decay else None
-    learner = Learner(model, tokenizer, engine, average)
-
-    # ---------------------------------------------------------------------------------------- 2. where an earlier run left off
-    checkpoints = Checkpoints(context, config.train.keep_checkpoints)
-    first = checkpoints.resume(learner)
-    watch = Watch(rows_per_step=config.data.batch_size, bad_allowed=config.data.max_bad_share * len(source))
-    metrics: Metrics = {}
-
-    # --------------------------------------------------------------------------------------------------------- 3. the steps
-    for step, loaded in loader.batches(first, config.train.steps):
-        watch.data_arrived()
-        batch = loaded.rows.to(context.device)
-        loss, outputs = learn(learner, batch, config, context, step)
-        rates = rates_at(groups, config.optimizer, step, config.train.steps)
-        norm = engine.step(rates)
-        if average is not None:
-            average.update(step)
-
-        done = step + 1
-        metrics = watch.metrics(loss, outputs, batch, loaded, context) | {
-            "train/gradient_norm": norm,
-            "train/learning_rate": max(rates),
-        }
-        if done % config.train.log_every == 0 or done == config.train.steps:
-            context.report(done, metrics)
-        stopping = context.stop_requested()
-        last = done == config.train.steps
-        if (
-            last
-            or stopping
-            or due(done, config.train.checkpoint_every)
-            or due(done, config.train.evaluate_every)
-        ):
-            exported = learner.exported()
-            if last or (due(done, config.train.evaluate_every) and not stopping):
-                context.report(done, evaluated(exported, learner, config, context))
-            if last or stopping or due(done, config.train.checkpoint_every):
-                checkpoints.save(done, learner, exported)
-        if stopping and not last:
-            return Outcome(steps=done, finished=False)
-        watch.step_ended()
-    return Outcome(steps=config.train.steps, finished=True)
+    return Learner(model, tokenizer, groups, engine, average)
 
 
 def learn(
