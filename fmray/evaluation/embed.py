@@ -34,7 +34,7 @@ from fmray.evaluation.retrieval import PairEmbeddings, evaluate_retrieval, own_s
 from fmray.evaluation.zero_shot import ZeroShot, class_embeddings, evaluate_zero_shot
 from fmray.models.clip import DualEncoder
 from fmray.models.saved import LoadedDualEncoder, load_dual_encoder
-from fmray.runtime.context import Context
+from fmray.runtime.context import Context, Outcome
 from fmray.types import ImageText, Metrics
 
 log = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def without_common_start(names: list[str]) -> list[str]:
     return [" ".join(name[shared:]) for name in words]
 
 
-def evaluate(config: EvaluateRunConfig, context: Context) -> Metrics:
+def evaluate(config: EvaluateRunConfig, context: Context) -> Outcome:
     """Measure a saved model; reports, and writes `evaluation.json` in the run folder.
 
     Retrieval always; where captions are classes, zero-shot accuracy too, and the confusion matrix in the file.
@@ -239,4 +239,4 @@ def evaluate(config: EvaluateRunConfig, context: Context) -> Metrics:
     context.report(0, metrics)
     if context.rank == 0:
         context.folder.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "evaluation.json")
-    return metrics
+    return Outcome(steps=0, finished=True)

@@ -9,7 +9,7 @@ from html import escape
 from itertools import groupby
 
 WIDTH, HEIGHT = 520, 270
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 30, 44
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 30, 44
 COLORS = 6
 DOTS_UP_TO = 40
 """Lines with no more points than this show each one, with its numbers as a tooltip."""

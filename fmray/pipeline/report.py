@@ -217,7 +217,7 @@ def _matrix(matrix: Matrix) -> str:
         cells = "".join(_cell(count, count / max(1, sum(counts))) for count in counts)
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
     corner = '<td class="corner">true class ↓ &nbsp; predicted →</td>'
-    return f'<div class="scroll"><table class="matrix"><tr>{corner}{head}</tr>{"".join(rows)}</table></div>'
+    return f'<div class="scroll" tabindex="0"><table class="matrix"><tr>{corner}{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _cell(count: int, share: float) -> str:
@@ -240,7 +240,7 @@ def _table(table: Table) -> str:
         + "</tr>"
         for row in table.rows
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _value(cell: str | float | int) -> str:

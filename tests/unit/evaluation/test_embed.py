@@ -155,9 +155,13 @@ def test_evaluating_a_saved_model_on_folders_of_classes_writes_the_confusion(tmp
     config = EvaluateRunConfig(
         checkpoint=str(tmp_path / "model"), data=DataConfig(source=FolderSource(path=str(tmp_path / "data")))
     )
-    metrics = evaluate(config, context(folder=str(tmp_path / "run")))
+    reported: list[tuple[int, Metrics]] = []
+    where = context(folder=str(tmp_path / "run"))
+    where.reporters.append(lambda step, metrics: reported.append((step, metrics)))
+    assert evaluate(config, where).finished
     written = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
-    assert written["metrics"] == metrics
+    metrics = written["metrics"]
+    assert reported == [(0, metrics)]
     assert sorted(written["classes"]) == ["blue a", "green a", "red a"]
     confusion = torch.tensor(written["confusion"])
     assert confusion.sum(1).tolist() == [4, 4, 4]

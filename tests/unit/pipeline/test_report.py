@@ -174,7 +174,7 @@ def coordinates(svg: str) -> list[list[tuple[float, float]]]:
 
 def test_a_line_runs_from_corner_to_corner_and_down_means_less() -> None:
     [points] = coordinates(line_chart([Line("loss", ((0, 4.0), (5, 2.0), (10, 0.0)))], "step", "loss"))
-    assert points == [(58.0, 30.0), (282.0, 128.0), (506.0, 226.0)]
+    assert points == [(66.0, 30.0), (286.0, 128.0), (506.0, 226.0)]
 
 
 def test_a_value_that_is_not_finite_is_a_gap() -> None:
