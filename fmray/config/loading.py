@@ -76,7 +76,7 @@ def load_config(root: type[Root], recipes: Recipes[Root], arguments: Sequence[st
             )
         else:
             overrides.append(word)
-    base = _from_recipe(recipe, recipes)
+    base = _from_recipe(recipe, recipes) or _own_defaults(root)
     together: dict[str, Any] = {}  # first with each other: their order must not matter
     for override in map(parse_override, overrides):
         together = merge(together, override)
@@ -93,6 +93,12 @@ def _from_recipe(name: str | None, recipes: Recipes[Root]) -> dict[str, Any]:
             "--recipe", name, f"unknown recipe{_near(name, recipes)}; there are: {', '.join(recipes)}"
         )
     return recipes[name]().model_dump(mode="python")
+
+
+def _own_defaults(root: type[BaseModel]) -> dict[str, Any]:
+    """A root's default sections in full: laying one key over `run` must not lose the root's own run name."""
+    defaults = {name: field.default for name, field in root.model_fields.items()}
+    return {name: value.model_dump() for name, value in defaults.items() if isinstance(value, Section)}
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -169,7 +175,7 @@ def _finding(root: type[BaseModel], detail: ErrorDetails) -> tuple[str, object, 
     if isinstance(cause, ConfigError):
         return cause.key, cause.value, cause.cure
     location = [str(part) for part in detail["loc"] if str(part) not in SOURCE_KINDS and part != "[key]"]
-    key = ".".join(part for part in location if not part.startswith(("constrained-", "function-", "tuple[")))
+    key = ".".join(part for part in location if not part.startswith(("constrained-", "function-", "tuple[", "literal[")))
     value = detail["input"]
     if detail["type"] == "union_tag_invalid":
         wanted = source_kind(value)
@@ -250,7 +256,7 @@ def _describe_section(section: type[BaseModel], prefix: str) -> list[str]:
     for name, field in section.model_fields.items():
         key, doc = prefix + name, " ".join((field.description or "").split())
         inner = field.annotation
-        classes = [c for c in (inner, *get_args(inner)) if isinstance(c, type) and issubclass(c, BaseModel)]
+        classes = _classes_in(inner)
         if len(classes) == 1 and classes[0] is inner:
             lines += _describe_section(classes[0], key + ".")
             continue
@@ -268,6 +274,13 @@ def _describe_section(section: type[BaseModel], prefix: str) -> list[str]:
         default = "required" if field.is_required() else f"default {_plain(value)}"
         lines += [f"  {key}  ({_type_name(inner)}; {default})", f"      {doc}"]
     return lines
+
+
+def _classes_in(annotation: object) -> list[type[BaseModel]]:
+    """The sections that an annotation may hold: itself, a union's, a mapping's."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _classes_in(argument)]
 
 
 def _literals(annotation: object) -> list[str]:
