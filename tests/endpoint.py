@@ -48,7 +48,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_tiny_checkpoint(folder: Path, **options: object) -> str:
     model = tiny_model(**options).eval()
-    vars(model.config).pop("temperature", None)  # transformers refuses to save this name; the weights hold it
     save_dual_encoder(model, tiny_tokenizer(), folder)
     return str(folder)
 
