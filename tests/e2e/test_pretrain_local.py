@@ -27,7 +27,11 @@ def lines(folder: Path, name: str, prefix: str = "train/") -> list[dict[str, Any
     """Reports without clocks."""
     reports = RunFolder(f"{folder}/runs/{name}").metrics()
     clocks = ("time", "time/step", "time/data", "time/evaluate", "train/images_per_second")
-    return [{k: v for k, v in r.items() if k not in clocks} for r in reports if any(k.startswith(prefix) for k in r)]
+    return [
+        {k: v for k, v in r.items() if k not in clocks}
+        for r in reports
+        if any(k.startswith(prefix) for k in r)
+    ]
 
 
 def state(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
@@ -55,7 +59,9 @@ def wait_for_step(folder: Path, name: str, step: int, process: subprocess.Popen[
 
 
 def test_it_learns_saves_evaluates_and_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write_config(tmp_path, "learn", train__steps=60, train__evaluate_every=30, optimizer__ema_decay=0.9)
+    config = write_config(
+        tmp_path, "learn", train__steps=60, train__evaluate_every=30, optimizer__ema_decay=0.9
+    )
     assert door(pretrain, ["--config", str(config)]) == 0
     reports, measured = lines(tmp_path, "learn"), lines(tmp_path, "learn", "eval/")
     assert [r["step"] for r in reports] == list(range(1, 61))
@@ -63,8 +69,14 @@ def test_it_learns_saves_evaluates_and_loads(tmp_path: Path, capsys: pytest.Capt
     assert [m["step"] for m in measured] == [30, 60]
     assert measured[-1]["eval/image_to_text/r5"] >= 0.75  # of 20 captions; chance is 0.25
     run = str(tmp_path / "runs" / "learn")
-    source = [f"data.source.path={tmp_path}/shapes", "data.source.kind=folder", f"run.storage={tmp_path}/runs"]
-    assert door(evaluate, [f"checkpoint={run}", *source, "evaluate.batch_size=8", "runtime.threads=1"]) == 0, capsys.readouterr()
+    source = [
+        f"data.source.path={tmp_path}/shapes",
+        "data.source.kind=folder",
+        f"run.storage={tmp_path}/runs",
+    ]
+    assert (
+        door(evaluate, [f"checkpoint={run}", *source, "evaluate.batch_size=8", "runtime.threads=1"]) == 0
+    ), capsys.readouterr()
     again = json.loads((tmp_path / "runs" / "evaluate" / "evaluation.json").read_text())["metrics"]
     final = {name: value for name, value in measured[-1].items() if name.startswith("eval/")}
     assert {name: again[name] for name in final} == final  # the saved model is the measured one
@@ -139,7 +151,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 
 def test_old_checkpoints_go_and_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
-    config = str(write_config(tmp_path, "run", train__steps=8, train__checkpoint_every=2, train__keep_checkpoints=2))
+    config = str(
+        write_config(tmp_path, "run", train__steps=8, train__checkpoint_every=2, train__keep_checkpoints=2)
+    )
     assert door(pretrain, ["--config", config]) == 0
     checkpoints = tmp_path / "runs/run/checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000006", "step-00000008"]
@@ -231,7 +245,9 @@ def test_bad_inputs_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "dual encoder" in other or "holds no model" in other or "not CLIP" in other
 
 
-def test_too_many_unreadable_pictures_stop_the_run_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_unreadable_pictures_stop_the_run_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = str(write_config(tmp_path, "broken", train__steps=10))
     broken = tmp_path / "shapes/train/red_circle/0.png"
     broken.write_bytes(b"not a picture")
