@@ -51,8 +51,11 @@ def serve(arguments: Arguments) -> int:
 
 def demo(arguments: Arguments) -> int:
     """The whole road: real data, training, evaluation, an endpoint that is asked, a report."""
-    config = load_config(PretrainConfig, {}, ["--config-of-demo"], door="fmray demo")
-    del config
+    words = arguments if "--recipe" in arguments else ["--recipe", "demo", *arguments]
+    config = load_config(PretrainConfig, PRETRAIN_RECIPES, words, door="fmray demo")
+    from fmray.pipeline.demo import run_demo, screen
+
+    say(screen(run_demo(config)))
     return 0
 
 

@@ -175,7 +175,9 @@ def _finding(root: type[BaseModel], detail: ErrorDetails) -> tuple[str, object, 
     if isinstance(cause, ConfigError):
         return cause.key, cause.value, cause.cure
     location = [str(part) for part in detail["loc"] if str(part) not in SOURCE_KINDS and part != "[key]"]
-    key = ".".join(part for part in location if not part.startswith(("constrained-", "function-", "tuple[", "literal[")))
+    key = ".".join(
+        part for part in location if not part.startswith(("constrained-", "function-", "tuple[", "literal["))
+    )
     value = detail["input"]
     if detail["type"] == "union_tag_invalid":
         wanted = source_kind(value)

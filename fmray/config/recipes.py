@@ -18,6 +18,7 @@ from fmray.config.schema import (
     PartConfig,
     PretrainConfig,
     RunConfig,
+    RuntimeConfig,
     ServeConfig,
     TowerConfig,
     TrainConfig,
@@ -45,6 +46,15 @@ def clip_emoji() -> PretrainConfig:
     )
 
 
+def demo() -> PretrainConfig:
+    """clip_emoji under Ray Train: 2 workers, DeepSpeed ZeRO-2; what `make demo` runs."""
+    return clip_emoji().replace(
+        run=RunConfig(name="demo"),
+        runtime=RuntimeConfig(kind="ray", workers=2),
+        engine=EngineConfig(kind="deepspeed", zero_stage=2, precision="bf16"),
+    )
+
+
 def clip_tiny() -> PretrainConfig:
     """Two tiny towers from scratch on the emoji pairs: seconds, for trying things and for tests."""
     tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -64,6 +74,10 @@ def clip_tiny() -> PretrainConfig:
     )
 
 
-PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {"clip_emoji": clip_emoji, "clip_tiny": clip_tiny}
+PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
+    "clip_emoji": clip_emoji,
+    "clip_tiny": clip_tiny,
+    "demo": demo,
+}
 EVALUATE_RECIPES: dict[str, Callable[[], EvaluateRunConfig]] = {}
 SERVE_RECIPES: dict[str, Callable[[], ServeConfig]] = {}

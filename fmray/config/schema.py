@@ -30,7 +30,6 @@ __all__ = [
     "SOURCE_KINDS",
     "AugmentConfig",
     "DataConfig",
-    "DemoConfig",
     "EmojiSource",
     "EngineConfig",
     "EvaluateConfig",
@@ -112,12 +111,30 @@ class ModelConfig(Section):
     """The picture's preparation; saved with the model and used in serving."""
     embed_dim: Annotated[int, Field(ge=1)] = 384
     """Width of the shared space."""
-    text_projection: Literal["linear", "identity"] = "linear"
+    vision_projection: Literal["linear", "affine"] = "linear"
+    """`affine` adds a bias to the matrix (a ridge start needs it)."""
+    text_projection: Literal["linear", "affine", "identity"] = "linear"
     """`identity` keeps the text tower's own space (its width must be embed_dim)."""
+    fold_batch_norm: bool = False
+    """Merge a pretrained convolutional tower's BatchNorm into its convolutions: the same function, faster."""
+    warm_start: Literal["none", "ridge"] = "none"
+    """`ridge`: start the picture's projection at the closed-form regression onto the captions' embeddings."""
+    ridge_strength: Annotated[float, Field(gt=0)] = 0.05
+    """Regularisation of the ridge start, in units of the features' mean variance."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the pooled features before the projections."""
     tower_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout inside both towers; None: as their own configuration says."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.warm_start == "ridge" and self.vision_projection != "affine":
+            raise ConfigError("model.warm_start", "ridge", "needs model.vision_projection=affine")
+        if self.fold_batch_norm and not self.vision.pretrained:
+            raise ConfigError(
+                "model.fold_batch_norm", True, "needs a pretrained vision tower: its statistics are folded"
+            )
+        return self
 
 
 class PartConfig(Section):
@@ -314,12 +331,3 @@ class ServeConfig(Section):
     """Pixels of one image, by its header, before it is decoded."""
     max_labels: Annotated[int, Field(ge=1)] = 1000
     """Labels in one classification."""
-
-
-class DemoConfig(Section):
-    """The demo road: pretrain, evaluate, serve, ask, report."""
-
-    pretrain: PretrainConfig = PretrainConfig()
-    """The training run."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the endpoint; 0: a free one."""

@@ -20,7 +20,9 @@ from fmray.errors import ConfigError
 from fmray.models.towers import (
     Pooling,
     default_pooling,
+    fold_batch_norm,
     hold_batch_norm,
+    is_convolutional,
     load_tokenizer,
     new_tower,
     pool,
@@ -31,6 +33,9 @@ from fmray.models.towers import (
 
 MAX_LOG_SCALE = math.log(100.0)
 """CLIP's bound on the temperature (Radford et al. 2021, §2.5): logits are scaled by 100 at most."""
+
+Projection = Literal["linear", "affine", "identity"]
+"""From a tower's width to the shared space: a matrix, a matrix and a bias, or nothing."""
 
 IMAGE_STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -62,12 +67,13 @@ class DualEncoderConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers
         embed_dim: int = 512,
         vision_pooling: Pooling = "cls",
         text_pooling: Pooling = "mean",
-        vision_projection: Literal["linear", "identity"] = "linear",
-        text_projection: Literal["linear", "identity"] = "linear",
+        vision_projection: Projection = "linear",
+        text_projection: Projection = "linear",
         objective: Literal["infonce", "siglip"] = "infonce",
         initial_temperature: float = 0.07,
         dropout: float = 0.0,
         hold_batch_norm: bool = True,
+        folded_batch_norm: bool = False,
         max_tokens: int = 77,
         pad_to_max: bool = False,
         **rest: Any,
@@ -82,6 +88,7 @@ class DualEncoderConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers
         self.initial_temperature = initial_temperature
         self.dropout = dropout
         self.hold_batch_norm = hold_batch_norm
+        self.folded_batch_norm = folded_batch_norm
         self.max_tokens = max_tokens
         self.pad_to_max = pad_to_max
         super().__init__(**rest)
@@ -141,6 +148,12 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         self.vision = vision if vision is not None else new_tower(config.vision_config)
         self.text = text if text is not None else new_tower(config.text_config)
+        if config.folded_batch_norm:
+            fold_batch_norm(self.vision)
+        self._memory_format = torch.contiguous_format
+        if is_convolutional(config.vision_config):
+            self._memory_format = torch.channels_last
+            self.vision.to(memory_format=self._memory_format)
         self.vision_projection = _projection(
             config.vision_projection, config.vision_config, config.embed_dim, "vision"
         )
@@ -156,6 +169,8 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
         """Only our own layers: the towers come initialised by their own classes."""
         if module in (self.vision_projection, self.text_projection) and isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)  # CLIP's scale for its projections
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
@@ -165,9 +180,12 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
 
     def encode_image(self, pixels_BCHW: Tensor) -> Tensor:
         """uint8 pixels [B, 3, H, W] (or float in 0..1) to unit vectors, float32 [B, D]."""
-        outputs = self.vision(pixel_values=self._normalize(pixels_BCHW))
-        features_BF = self.dropout(pool(outputs, self.config.vision_pooling))
+        features_BF = self.dropout(self.image_features(pixels_BCHW))
         return F.normalize(self.vision_projection(features_BF).float(), dim=-1)
+
+    def image_features(self, pixels_BCHW: Tensor) -> Tensor:
+        """The vision tower's pooled output, [B, F], before the projection."""
+        return pool(self.vision(pixel_values=self._normalize(pixels_BCHW)), self.config.vision_pooling)
 
     def encode_text(self, token_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Token ids and mask, int64 [B, T], to unit vectors, float32 [B, D]."""
@@ -197,13 +215,13 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
             torch.tensor(v, device=pixels_BCHW.device).view(3, 1, 1) for v in image_statistics(self.image)
         )
         unit = pixels_BCHW.float() / 255 if pixels_BCHW.dtype == torch.uint8 else pixels_BCHW
-        return (unit - mean) / std
+        return ((unit - mean) / std).contiguous(memory_format=self._memory_format)
 
 
 def _projection(kind: str, tower: PreTrainedConfig, embed_dim: int, side: str) -> nn.Module:
     width = tower_width(tower)
-    if kind == "linear":
-        return nn.Linear(width, embed_dim, bias=False)
+    if kind != "identity":
+        return nn.Linear(width, embed_dim, bias=kind == "affine")
     if width != embed_dim:
         raise ConfigError(
             "model.embed_dim", embed_dim, f"must be {width}, the {side} tower's width, with identity"
@@ -238,11 +256,13 @@ def build_dual_encoder(
         if model.vision.pooling == "auto"
         else model.vision.pooling,
         text_pooling=default_pooling(text_config) if model.text.pooling == "auto" else model.text.pooling,
+        vision_projection=model.vision_projection,
         text_projection=model.text_projection,
         objective=objective.kind,
         initial_temperature=objective.temperature or default_temperature,
         dropout=model.dropout,
         hold_batch_norm=model.vision.pretrained,
+        folded_batch_norm=model.fold_batch_norm,
         max_tokens=data.max_tokens,
     )
     vision = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -86,7 +86,7 @@ class TensorBoardReporter:
 class WandbReporter:
     """Weights & Biases, online or into <run>/wandb."""
 
-    def __init__(self, folder: RunFolder, mode: str, name: str) -> None:
+    def __init__(self, folder: RunFolder, mode: Literal["online", "offline"], name: str) -> None:
         try:
             import wandb
         except ImportError:

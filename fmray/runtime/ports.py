@@ -31,3 +31,9 @@ def bind(host: str, port: int) -> socket.socket:
         )
         raise ResourceError(f"port {port} on {host} {reason}") from None
     return bound
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on now."""
+    with bind(host, 0) as socket_:
+        return int(socket_.getsockname()[1])

@@ -1,8 +1,8 @@
 """The Ray Train door: the same work on a group of workers, one rank each. Imports ray; knows no room.
 
-The driver (the process that was started) only watches: it draws progress from the run's metrics.jsonl, and on SIGTERM leaves a
-`stop` file in the run folder, which rank 0 sees and all ranks agree on. Checkpoints are the work's own and live in the run folder,
-so a worker group that Ray restarts, smaller or larger, resumes from there.
+The driver (the process that was started) only watches: it draws progress from the run's metrics.jsonl, and on SIGTERM
+leaves a `stop` file in the run folder, which rank 0 sees and all ranks agree on. Checkpoints are the work's own and live in
+the run folder, so a worker group that Ray restarts, smaller or larger, resumes from there.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmray.config.schema import ObjectiveConfig, PretrainConfig
 from fmray.data.loader import LoadedBatch, PairDataset, PairLoader
-from fmray.data.sources import open_source
+from fmray.data.sources import Source, open_source
 from fmray.errors import DataError
 from fmray.evaluation.embed import evaluate_pairs
 from fmray.models.clip import DualEncoder, build_dual_encoder
@@ -22,6 +22,7 @@ from fmray.training.averaging import WeightAverage
 from fmray.training.checkpoint import Checkpoints, Learner
 from fmray.training.engine import make_engine, rates_at
 from fmray.training.grad_cache import GradCache, Outputs, forward_outputs
+from fmray.training.warm_start import start_at_ridge
 from fmray.types import ImageTextBatch, Metrics
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,9 @@ log = logging.getLogger(__name__)
 def pretrain(config: PretrainConfig, context: Context) -> Outcome:
     """Train, evaluate and save a dual encoder; the same code in one process and on every rank of many."""
     # -------------------------------------------------------------------------------- 1. who learns, from what
-    learner = make_learner(config, context)
-    model, engine = learner.model, learner.engine
     source = open_source(config.data.source, "train")
-    pad_to = model.config.max_tokens if model.config.pad_to_max else None
-    dataset = PairDataset(source, learner.tokenizer, config.data, model.image, config.run.seed, pad_to)
+    learner, dataset = make_learner(config, source, context)
+    engine = learner.engine
     loader = PairLoader(dataset, context.rank, context.world_size)
 
     # --------------------------------------------------------------------------- 2. where an earlier run left off
@@ -72,20 +71,24 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
     return Outcome(steps=config.train.steps, finished=True)
 
 
-def make_learner(config: PretrainConfig, context: Context) -> Learner:
-    """Model, engine and average, fresh: every rank makes the same from the seed."""
+def make_learner(config: PretrainConfig, source: Source, context: Context) -> tuple[Learner, PairDataset]:
+    """Model, engine, average and what feeds them, fresh: every rank makes the same from the seed."""
     torch.manual_seed(config.run.seed)
     model, tokenizer = build_dual_encoder(config.model, config.objective, config.data)
     if config.engine.activation_checkpointing:
         model.vision.activation_checkpointing_enable()
         model.text.activation_checkpointing_enable()
+    pad_to = model.config.max_tokens if model.config.pad_to_max else None
+    dataset = PairDataset(source, tokenizer, config.data, model.image, config.run.seed, pad_to)
+    if config.model.warm_start == "ridge":
+        start_at_ridge(model.to(context.device), tokenizer, dataset, config.model.ridge_strength, context)
     groups = parameter_groups(model, config.parts, config.optimizer.lr, config.optimizer.weight_decay)
     rows = config.data.batch_size // context.world_size
     micro_batch = min(rows, config.objective.grad_cache_chunk or rows)
     engine = make_engine(model.train(), groups, config.optimizer, config.engine, context.device, micro_batch)
     decay = config.optimizer.ema_decay
     average = WeightAverage(engine, decay, context) if decay else None
-    return Learner(model, tokenizer, groups, engine, average)
+    return Learner(model, tokenizer, groups, engine, average), dataset
 
 
 def learn(
