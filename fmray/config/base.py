@@ -87,7 +87,7 @@ class ReportConfig(Section):
     wandb: Literal["off", "online", "offline"] = "off"
     """Weights & Biases; `offline` writes under `<run>/wandb` without a network."""
     mlflow: str | None = None
-    """MLflow tracking URI (`file:./mlruns`, `http://host:5000`)."""
+    """MLflow tracking URI (`http://host:5000`, `sqlite:///mlflow.db`)."""
     prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Local mode serves Prometheus metrics here; in Ray they go through Ray's own exporter, always."""
     progress: bool = True

@@ -212,3 +212,31 @@ def test_towers_that_cannot_be_built_name_the_key(tower: TowerConfig, message: s
     with pytest.raises(ConfigError, match=message) as caught:
         build_dual_encoder(ModelConfig(vision=tower), ObjectiveConfig(), DataConfig())
     assert caught.value.key.startswith("model.vision")
+
+
+def test_folded_batch_norm_is_the_same_function_and_survives_saving(
+    tmp_path: Path, tokenizer: object
+) -> None:
+    from fmray.models.saved import save_dual_encoder
+    from fmray.models.towers import fold_batch_norm
+
+    config = tiny_config()
+    config.vision_config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+    )
+    config.vision_pooling = "mean"
+    model, batch = DualEncoder(config).eval(), tiny_batch(4)
+    for module in model.vision.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            module.weight.data.uniform_(0.5, 2)
+            module.bias.data.uniform_(-1, 1)
+    expected = model.encode_image(batch.pixels_BCHW)
+    fold_batch_norm(model.vision)
+    model.config.folded_batch_norm = True
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    assert torch.allclose(model.encode_image(batch.pixels_BCHW), expected, atol=1e-5)
+    save_dual_encoder(model, tokenizer, tmp_path / "m")  # type: ignore[arg-type]
+    loaded = load_dual_encoder(str(tmp_path / "m"), torch.device("cpu")).model
+    assert torch.equal(loaded.encode_image(batch.pixels_BCHW), model.encode_image(batch.pixels_BCHW))
