@@ -46,6 +46,24 @@ def clip_emoji() -> PretrainConfig:
     )
 
 
+def clip_emoji_korean() -> PretrainConfig:
+    """clip_emoji that answers in Korean too: captions in both languages, a locked multilingual text tower."""
+    english = clip_emoji()
+    return english.replace(
+        run=RunConfig(name="clip_emoji_korean"),
+        data=english.data.replace(source=EmojiSource(languages=("ko", "en"))),
+        model=english.model.replace(
+            text=TowerConfig(source="asset:multilingual_sentences"),
+            embed_dim=512,
+            vision_projection="affine",
+            text_projection="from_identity",
+            warm_start="ridge",
+        ),
+        parts={**english.parts, "text": PartConfig(train="none"), "text_projection": PartConfig(lr=3e-4)},
+        evaluate=english.evaluate.replace(languages=("ko", "en")),
+    )
+
+
 def demo() -> PretrainConfig:
     """clip_emoji under Ray Train: 2 workers, DeepSpeed ZeRO-2; what `make demo` runs."""
     return clip_emoji().replace(
@@ -76,6 +94,7 @@ def clip_tiny() -> PretrainConfig:
 
 PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "clip_emoji": clip_emoji,
+    "clip_emoji_korean": clip_emoji_korean,
     "clip_tiny": clip_tiny,
     "demo": demo,
 }

@@ -64,7 +64,7 @@ class TowerConfig(Section):
     """One tower of a dual encoder."""
 
     source: str
-    """`asset:minilm`, `asset:mobilenet_v2`, a hub id, or a local folder with a config.json."""
+    """`asset:minilm`, `asset:multilingual_sentences`, `asset:mobilenet_v2`, a hub id, or a local folder with a config.json."""
     pretrained: bool = True
     """Load the weights; False keeps the architecture alone."""
     overrides: dict[str, Any] = Field(default_factory=dict)
@@ -113,8 +113,8 @@ class ModelConfig(Section):
     """Width of the shared space."""
     vision_projection: Literal["linear", "affine"] = "linear"
     """`affine` adds a bias to the matrix (a ridge start needs it)."""
-    text_projection: Literal["linear", "affine", "identity"] = "linear"
-    """`identity` keeps the text tower's own space (its width must be embed_dim)."""
+    text_projection: Literal["linear", "affine", "identity", "from_identity"] = "linear"
+    """`identity` keeps the text tower's own space, `from_identity` learns a matrix from there (width = embed_dim)."""
     fold_batch_norm: bool = False
     """Merge a pretrained convolutional tower's BatchNorm into its convolutions: the same function, faster."""
     warm_start: Literal["none", "ridge"] = "none"

@@ -106,8 +106,8 @@ class PairDataset(Dataset[LoadedBatch]):
         rows = ImageTextBatch(self._finish(torch.stack(pictures), seeds), token_ids_BT, mask_BT, keys)
         return LoadedBatch(rows, positions[0] // len(self.source), tuple(bad))
 
-    def plain_rows(self, indices: list[int]) -> tuple[Tensor, list[str]]:
-        """Samples as they are, over white: pixels uint8 [len, 3, S, S] and first captions; unreadable ones are left out."""
+    def plain_rows(self, indices: list[int]) -> tuple[Tensor, list[tuple[str, ...]]]:
+        """Samples as they are, over white: pixels uint8 [len, 3, S, S] and all captions; unreadable ones are left out."""
         pictures, captions = [], []
         for index in indices:
             try:
@@ -115,7 +115,7 @@ class PairDataset(Dataset[LoadedBatch]):
             except DataError:  # counted and reported where the stream meets it
                 continue
             pictures.append(picture)
-            captions.append(choices[0])
+            captions.append(choices)
         side = self.image.size
         rgba_B4HW = torch.stack(pictures) if pictures else torch.empty(0, 4, side, side, dtype=torch.uint8)
         return compose(rgba_B4HW, white(len(pictures))), captions

@@ -34,8 +34,8 @@ from fmray.models.towers import (
 MAX_LOG_SCALE = math.log(100.0)
 """CLIP's bound on the temperature (Radford et al. 2021, §2.5): logits are scaled by 100 at most."""
 
-Projection = Literal["linear", "affine", "identity"]
-"""From a tower's width to the shared space: a matrix, a matrix and a bias, or nothing."""
+Projection = Literal["linear", "affine", "identity", "from_identity"]
+"""From a tower's width to the shared space: a matrix, a matrix and a bias, nothing, or a matrix that starts as nothing."""
 
 IMAGE_STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -167,10 +167,13 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Only our own layers: the towers come initialised by their own classes."""
-        if module in (self.vision_projection, self.text_projection) and isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)  # CLIP's scale for its projections
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if not isinstance(module, nn.Linear) or module not in (self.vision_projection, self.text_projection):
+            return
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)  # CLIP's scale for its projections
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if module is self.text_projection and self.config.text_projection == "from_identity":
+            nn.init.eye_(module.weight)
 
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
@@ -220,13 +223,11 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
 
 def _projection(kind: str, tower: PreTrainedConfig, embed_dim: int, side: str) -> nn.Module:
     width = tower_width(tower)
-    if kind != "identity":
-        return nn.Linear(width, embed_dim, bias=kind == "affine")
-    if width != embed_dim:
+    if kind in ("identity", "from_identity") and width != embed_dim:
         raise ConfigError(
-            "model.embed_dim", embed_dim, f"must be {width}, the {side} tower's width, with identity"
+            "model.embed_dim", embed_dim, f"must be {width}, the {side} tower's width, with {kind}"
         )
-    return nn.Identity()
+    return nn.Identity() if kind == "identity" else nn.Linear(width, embed_dim, bias=kind == "affine")
 
 
 AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig)

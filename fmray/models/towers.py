@@ -26,10 +26,17 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from fmray.assets import fetch
 from fmray.config.schema import TowerConfig
 from fmray.errors import ConfigError
+from fmray.models.sentence_encoder import SentenceEncoderConfig  # registers itself with the auto classes
 
 Pooling = Literal["cls", "mean", "eos", "last", "pooler"]
 
-OWN_POOLER = {"clip_vision_model", "clip_text_model", "siglip_vision_model", "siglip_text_model"}
+OWN_POOLER = {
+    "clip_vision_model",
+    "clip_text_model",
+    "siglip_vision_model",
+    "siglip_text_model",
+    SentenceEncoderConfig.model_type,
+}
 """Architectures whose pooled output is trained; the others' is an untrained or next-sentence head: left out."""
 POOLS_BY_MEAN = {
     "bert",

@@ -27,8 +27,9 @@ def start_at_ridge(
 ) -> None:
     """Set weight and bias of `model.vision_projection` to min ‖(x − μ)W − (y − ν)‖² + λ‖W‖², λ = strength·N·mean variance.
 
-    x: features [N, F] of the training pictures, unchanged over white; y: unit vectors [N, D] of their first captions. Closed form
-    (Hoerl and Kennard 1970): W = (XᵀX + λI)⁻¹XᵀY of centred X and Y. Each rank adds up its share of the sums in float64.
+    x: features [N, F] of the training pictures, unchanged over white; y: means [N, D] of their captions' unit vectors, for in
+    training each caption is as likely as another. Closed form (Hoerl and Kennard 1970): W = (XᵀX + λI)⁻¹XᵀY of centred X and Y.
+    Each rank adds up its share of the sums in float64.
     """
     projection = model.vision_projection
     assert isinstance(projection, nn.Linear)
@@ -43,7 +44,9 @@ def start_at_ridge(
             if not captions:
                 continue
             x_NF = model.image_features(pixels.to(device)).double()
-            y_ND = embed_texts(encoder, captions).double()
+            flat = [caption for choices in captions for caption in choices]
+            by_picture = torch.split(embed_texts(encoder, flat).double(), list(map(len, captions)))
+            y_ND = torch.stack([vectors.mean(0) for vectors in by_picture])
             one_x = torch.cat([torch.ones_like(x_NF[:, :1]), x_NF], dim=1)
             sums += one_x.T @ torch.cat([one_x, y_ND], dim=1)
         weight_FD, bias_D = solve_ridge(context.sum(sums), width, strength)

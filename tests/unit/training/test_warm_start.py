@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
 from fmray.config.schema import DataConfig
@@ -10,6 +12,7 @@ from fmray.models.clip import DualEncoder
 from fmray.runtime.context import WorkerContext
 from fmray.runtime.run_folder import RunFolder
 from fmray.training.warm_start import solve_ridge, start_at_ridge
+from fmray.types import ImageText
 from tests.tiny import tiny_config
 from tests.unit.data.test_loader import Shades
 
@@ -62,3 +65,37 @@ def test_pictures_start_near_their_captions() -> None:
     start_at_ridge(model, tokenizer, dataset, 0.01, context)  # type: ignore[arg-type]
     after = (model.encode_image(pixels) * text).sum(1).mean()
     assert after > before + 0.2
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Pictures of `Shades` with captions of one's own; picture i is shade i // times."""
+
+    captions: tuple[tuple[str, ...], ...]
+    times: int = 1
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> ImageText:
+        return replace(Shades(99)[index // self.times], captions=self.captions[index])
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+def test_every_caption_of_a_picture_counts() -> None:
+    """A picture with two captions starts where two pictures with one caption each would."""
+    torch.manual_seed(0)
+    config = tiny_config()
+    config.vision_projection = "affine"
+    model, tokenizer = DualEncoder(config), ShadeTokenizer()
+    context = WorkerContext(0, 1, torch.device("cpu"), RunFolder("unused"))
+    pairs = tuple((f"shade {i}", f"shade {3 * i + 1}") for i in range(10))
+    found = []
+    for source in (Captioned(pairs), Captioned(tuple((c,) for pair in pairs for c in pair), times=2)):
+        dataset = PairDataset(source, tokenizer, DataConfig(), model.image, seed=0)
+        start_at_ridge(model, tokenizer, dataset, 0.1, context)  # type: ignore[arg-type]
+        found.append(model.vision_projection.weight.detach().clone())
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+    assert found[0].abs().max() > 1e-3
