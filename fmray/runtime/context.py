@@ -136,6 +136,7 @@ def prepare_process(runtime: RuntimeConfig) -> None:
 
     torch.set_num_threads(threads_per_worker(runtime))
     transformers_logging.disable_progress_bar()  # ours is the one that people watch
+    transformers_logging.set_verbosity_error()  # what it would say of loading, our errors say
     logging.captureWarnings(True)
 
 
