@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
@@ -44,7 +45,7 @@ class SentenceEncoderConfig(PreTrainedConfig):  # type: ignore[misc]  # transfor
         super().__init__(**rest)
 
 
-class NgramBranch(nn.Module):
+class NgramBranch(GradientCheckpointingLayer):  # type: ignore[misc]
     """Two residual convolutions over windows of `order` tokens; an even window reaches further to the right."""
 
     def __init__(self, width: int, order: int) -> None:
@@ -83,6 +84,7 @@ class SentenceEncoder(PreTrainedModel):  # type: ignore[misc]
     config_class = SentenceEncoderConfig
     base_model_prefix = "sentence_encoder"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: SentenceEncoderConfig) -> None:
         super().__init__(config)

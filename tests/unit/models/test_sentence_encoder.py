@@ -98,8 +98,11 @@ def test_converted_weights_compute_what_the_definition_says_whatever_the_padding
     torch.testing.assert_close(alone[0], wanted[2], atol=1e-5, rtol=1e-5)
 
 
-def test_every_weight_learns() -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_weight_learns(recompute: bool) -> None:
     model = SentenceEncoder(tiny_encoder_config()).train()
+    if recompute:
+        model.activation_checkpointing_enable()
     torch.nn.init.normal_(model.embed_tokens.weight)
     ids_BT = torch.tensor([[1, 3, 4, 5, 2, 0], [1, 6, 7, 8, 9, 2]])
     direction_F = torch.linspace(-1, 1, WIDTH)  # a unit vector's own square has no gradient
