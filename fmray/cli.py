@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from fmray.config.loading import HelpRequested, load_config
 from fmray.config.recipes import EVALUATE_RECIPES, PRETRAIN_RECIPES, SERVE_RECIPES
 from fmray.config.schema import EvaluateRunConfig, PretrainConfig, ServeConfig
-from fmray.errors import TEMPORARY_FAILURE, FmrayError
+from fmray.errors import TEMPORARY_FAILURE, ConfigError, FmrayError
 
 Arguments = Sequence[str]
 
@@ -75,12 +75,27 @@ def assets(arguments: Arguments) -> int:
     return 0
 
 
+def benchmark(arguments: Arguments) -> int:
+    """Measure fmray beside a peer in one run: `fmray benchmark clip [--quick] [--results FILE]`."""
+    if not arguments or arguments[0] != "clip":
+        raise ConfigError(
+            "benchmark", " ".join(arguments), "write 'clip', and --help after it for its options"
+        )
+    from fmray.benchmarks.clip import run_clip
+
+    rows = run_clip(arguments[1:])
+    for row in rows:
+        say("  ".join(cell for cell in row.cells if cell))
+    return 0
+
+
 DOORS: dict[str, Callable[[Arguments], int]] = {
     "pretrain": pretrain,
     "evaluate": evaluate,
     "serve": serve,
     "demo": demo,
     "assets": assets,
+    "benchmark": benchmark,
 }
 
 

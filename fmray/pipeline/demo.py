@@ -6,15 +6,12 @@ Each stage hands the next a folder or an address, nothing else.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from fmray.pipeline.exhibits import exhibits
 from fmray.pipeline.report import Gallery, Matrix
 from fmray.runtime.context import Outcome, WorkerContext, choose_device, prepare_process
 from fmray.runtime.launch import launch
+from fmray.runtime.machine import machine, versions
 from fmray.runtime.ports import free_port
 from fmray.runtime.run_folder import RunFolder
 from fmray.training.loop import pretrain
@@ -179,34 +177,6 @@ def ask(config: PretrainConfig, address: str) -> list[dict[str, Any]]:
             {"picture": sample.captions[0], "answers": answers, "milliseconds": round(milliseconds, 1)}
         )
     return conversation
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [
-            line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")
-        ]
-        model = lines[0].partition(":")[2].strip() if lines else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what the run stands on; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for package in ("fmray", "torch", "transformers", "ray", "deepspeed", "openai"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def screen(demo: Demo) -> str:
