@@ -70,6 +70,8 @@ def build_groceries(raw: Path, done: Path) -> None:
     table = pq.read_table(raw / "images2.parquet", columns=columns)
     for split in ("train", "val", "test"):
         rows = table.filter(pc.equal(table["dataset"], split))
+        first = {image.as_py(): number for number, image in reversed(list(enumerate(rows["image_data"])))}
+        rows = rows.take(sorted(first.values()))  # the package holds every test photo twice
         kinds = pc.replace_substring(rows["finegrained_cat"], "-", " ")
         photos = pa.table({"image": rows["image_data"], "caption": kinds, "fruit": rows["coarse_cat"]})
         pq.write_table(photos, done / f"{split}.parquet", row_group_size=64, compression="none")
@@ -186,7 +188,7 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
 
 BUILDERS: dict[str, Callable[[Path, Path], None]] = {
     "mobilenet_v2/1": build_mobilenet_v2,
-    "groceries/1": build_groceries,
+    "groceries/2": build_groceries,
     "multilingual_sentences/1": build_multilingual_sentences,
 }
 """By the `build` of `assets.json`; a change of what is written takes a new number."""

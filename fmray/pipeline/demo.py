@@ -105,7 +105,7 @@ def look(config: PretrainConfig) -> list[Gallery | Matrix]:
     here = WorkerContext(rank=0, world_size=1, device=device, folder=folder)
     encoder = load_dual_encoder(folder.url, device)
     sections = exhibits(encoder, config.data, config.evaluate, here)
-    photos = DataConfig(source=ParquetSource(path=str(fetch("groceries"))))
+    photos = DataConfig(source=ParquetSource(path=str(fetch("groceries")), caption_column="fruit"))
     templates = EvaluateConfig(templates=("{}", "a picture of a {}"))
     return [*sections, *(s for s in exhibits(encoder, photos, templates, here) if isinstance(s, Matrix))]
 
