@@ -349,4 +349,4 @@ def test_groceries_through_the_parquet_source() -> None:
     source = open_source(ParquetSource(path="asset:groceries"), "test")
     assert len(source) == 661
     assert len({source[index].captions[0] for index in range(0, 661, 5)}) == 14
-    assert decode_rgba(source[700].image, ImageConfig(size=32), name="x")[3].min() == 255
+    assert decode_rgba(source[350].image, ImageConfig(size=32), name="x")[3].min() == 255
