@@ -61,7 +61,7 @@ def clip_emoji_korean() -> PretrainConfig:
     english = clip_emoji()
     return english.replace(
         run=RunConfig(name="clip_emoji_korean"),
-        data=english.data.replace(source=EmojiSource(languages=("ko", "en"))),
+        data=english.data.replace(source=EmojiSource(languages=("ko", "en"), aliases=False)),
         model=english.model.replace(
             text=TowerConfig(source="asset:multilingual_sentences"),
             embed_dim=512,
