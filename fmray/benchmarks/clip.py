@@ -6,6 +6,7 @@ Every figure is the median of repeats that alternate between the two sides (A B 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from fmray.benchmarks.peers import OPEN_CLIP, Measured, Side, open_clip_side, ou
 from fmray.benchmarks.table import Row, append, markdown
 from fmray.benchmarks.workbench import FULL, QUICK, Sizes, peer_preparation, write_workbench
 from fmray.errors import ConfigError
+from fmray.runtime.machine import load_average
 
 PARITY = Path(".parity")
 """Where peers' environments are kept, under the current folder."""
@@ -145,7 +147,7 @@ def grad_cache(bench: Bench) -> list[Row]:
             times: dict[bool, list[float]] = {True: [], False: []}
             for cached in times:
                 ours.ask("chunked", rows=total, chunk=chunk, cached=cached)  # warm-up
-            for _ in range(sizes.repeats):
+            for _ in range(sizes.chunk_repeats):
                 for cached, seconds in times.items():
                     seconds.append(ours.ask("chunked", rows=total, chunk=chunk, cached=cached))
             a, b = (Measured(tuple(times[cached])) for cached in (True, False))
@@ -171,10 +173,10 @@ def ray(bench: Bench) -> list[Row]:
     sizes = bench.sizes
     times = compare_launchers(bench.folder, sizes)
     local, one, two = (Measured(tuple(times[name])) for name in ("local", "ray 1", "ray 2"))
-    images = f"{sizes.batch / local.median:.1f} images/s"
+    images = f"{sizes.ray_batch / local.median:.1f} images/s"
     return [
         Row(
-            f"Ray Train, 1 worker / local mode: step, {sizes.threads} threads",
+            f"Ray Train, 1 worker / local mode: step, batch {sizes.ray_batch}, {sizes.threads} threads",
             one.shown("s"),
             local.shown("s"),
             one.median / local.median,
@@ -183,7 +185,7 @@ def ray(bench: Bench) -> list[Row]:
         ),
         Row(
             f"Ray Train, 2 workers of {max(1, sizes.threads // 2)} threads, against local mode",
-            f"{sizes.batch / two.median:.1f} images/s",
+            f"{sizes.ray_batch / two.median:.1f} images/s",
             images,
             local.median / two.median,
         ),
@@ -218,7 +220,13 @@ def run_clip(arguments: Sequence[str]) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="fmray-benchmark-") as folder:
         bench = Bench(OPEN_CLIP.python(PARITY), Path(folder), QUICK if options.quick else FULL)
         bench.make()
-        rows = [row for name in options.parts for row in PARTS[name](bench)]
-    command = " ".join(["fmray benchmark clip", *arguments])
+        rows: list[Row] = []
+        for name in options.parts:
+            sys.stderr.write(f"· {name} …\n")
+            rows += PARTS[name](bench)
+            bench.notes.append(f"{name}: load average {load_average()} at its end.")
+    command = " ".join(["fmray benchmark clip", *(["--quick"] if options.quick else [])])
+    if options.parts != list(PARTS):
+        command += f" --parts {' '.join(options.parts)}"
     append(markdown(rows, command, bench.peer, bench.notes), options.results)
     return rows

@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def _median_step(folder: Path, sizes: Sizes, name: str, repeat: int) -> float:
     way = WAYS[name]
     workers = way.get("workers", 1)
     threads = max(1, sizes.threads // workers)
-    config = pretrain_config(folder, sizes)
+    config = pretrain_config(folder, replace(sizes, batch=sizes.ray_batch))
     run = config.run.replace(name=f"{name.replace(' ', '-')}-{repeat}")
     runtime = config.runtime.replace(**way, threads=threads, cpus_per_worker=float(threads))
     path = folder / f"{run.name}.json"

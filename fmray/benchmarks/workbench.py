@@ -56,32 +56,35 @@ class Sizes:
 
     side: int = 96
     patch: int = 16
-    width: int = 256
-    vision_layers: int = 6
-    text_layers: int = 4
+    width: int = 192
+    vision_layers: int = 4
+    text_layers: int = 3
     head_width: int = 64
     batch: int = 64
-    pictures: int = 2048
+    pictures: int = 512
     picture_side: int = 256
     emoji: bool = True
     """Draw from the emoji pictures; False: made-up pictures, no asset needed."""
     threads: int = 2
-    steps: int = 3
+    steps: int = 2
     repeats: int = 5
     epochs: int = 2
-    file_repeats: int = 3
+    file_repeats: int = 2
     peer_workers: int = 2
     cached_rows: int = 128
     memory_rows: int = 256
     chunks: tuple[int, ...] = (64, 16)
-    ray_steps: int = 60
+    chunk_repeats: int = 3
+    ray_batch: int = 32
+    ray_steps: int = 150
     ray_repeats: int = 3
 
 
 FULL = Sizes()
 QUICK = Sizes(
     side=32, width=64, vision_layers=1, text_layers=1, batch=8, pictures=32, picture_side=64, emoji=False, threads=1,
-    steps=1, repeats=1, file_repeats=1, cached_rows=16, memory_rows=16, chunks=(8, 4), ray_steps=4, ray_repeats=1,
+    steps=1, repeats=1, file_repeats=1, cached_rows=16, memory_rows=16, chunks=(8, 4),
+    chunk_repeats=1, ray_batch=8, ray_steps=4, ray_repeats=1,
 )  # fmt: skip
 
 

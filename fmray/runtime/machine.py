@@ -27,6 +27,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def load_average() -> str:
+    """Runnable processes over the last one and five minutes: whether others were at work too."""
+    one, five, _ = os.getloadavg()
+    return f"{one:.1f} and {five:.1f}"
+
+
 def versions() -> dict[str, str]:
     """Of what a run stands on; a package that is not installed is left out."""
     found = {"python": platform.python_version()}
