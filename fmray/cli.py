@@ -5,6 +5,7 @@ Each door parses its configuration before it imports torch, opens one room, and 
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -35,8 +36,13 @@ def evaluate(arguments: Arguments) -> int:
     config = load_config(EvaluateRunConfig, EVALUATE_RECIPES, arguments, door="fmray evaluate")
     from fmray.evaluation.embed import evaluate as work
     from fmray.runtime.launch import launch
+    from fmray.runtime.run_folder import RunFolder
 
     launch(work, config)
+    folder = RunFolder.of(config.run)
+    for name, value in json.loads(folder.read_text("evaluation.json"))["metrics"].items():
+        say(f"{name:<32}{value:.4f}")
+    say(f"written to {folder.url}/evaluation.json")
     return 0
 
 

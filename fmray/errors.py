@@ -14,6 +14,8 @@ The command line prints the message alone (`fmray.cli.door`): a person's mistake
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 TEMPORARY_FAILURE = 75
 """Exit status of a run that was told to stop and has saved: sysexits.h's EX_TEMPFAIL, so schedulers retry it."""
 
@@ -58,6 +60,12 @@ class MissingExtra(FmrayError, ImportError):
 
     def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str, str]]:
         return type(self), (self.package, self.extra, self.needed_by)
+
+
+def require_package(package: str, extra: str, needed_by: str) -> None:
+    """Raises MissingExtra where a package cannot be imported; does not import it."""
+    if find_spec(package) is None:
+        raise MissingExtra(package, extra, needed_by)
 
 
 class RequestError(FmrayError, ValueError):

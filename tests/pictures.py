@@ -13,7 +13,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "yellow": (230, 210, 40), "black": (20, 20, 20)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 70, 220),
+    "yellow": (230, 210, 40),
+    "black": (20, 20, 20),
+}
 SHAPES = ("circle", "square", "triangle", "bar")
 
 
@@ -28,7 +34,9 @@ def draw(color: str, shape: str, seed: int) -> Image.Image:
     elif shape == "square":
         pen.rectangle(box, fill=COLORS[color])
     elif shape == "triangle":
-        pen.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) // 2, box[1])], fill=COLORS[color])
+        pen.polygon(
+            [(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) // 2, box[1])], fill=COLORS[color]
+        )
     else:
         pen.rectangle([box[0], box[1] + 3, box[2], box[1] + 6], fill=COLORS[color])
     return picture
@@ -41,7 +49,9 @@ def write_shapes(folder: Path, per_kind: int = 3) -> Path:
             kind = folder / split / f"{color}_{shape}"
             kind.mkdir(parents=True, exist_ok=True)
             for index in range(count):
-                draw(color, shape, 100 * number + index + (50 if split == "test" else 0)).save(kind / f"{index}.png")
+                draw(color, shape, 100 * number + index + (50 if split == "test" else 0)).save(
+                    kind / f"{index}.png"
+                )
     return folder
 
 
@@ -50,7 +60,9 @@ def write_text_tower(folder: Path) -> Path:
     words = ["[PAD]", "[UNK]", "a", "photo", "of", *COLORS, *SHAPES]
     model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     model.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        folder
+    )
     BertConfig(
         vocab_size=len(words),
         hidden_size=16,
@@ -72,9 +84,17 @@ def shapes_run(folder: Path, **changes: Any) -> dict[str, Any]:
         "run": {"name": "shapes", "storage": str(folder / "runs")},
         "runtime": {"threads": 1},
         "report": {"progress": False},
-        "data": {"source": {"kind": "folder", "path": str(folder / "shapes")}, "batch_size": 12, "max_tokens": 12},
+        "data": {
+            "source": {"kind": "folder", "path": str(folder / "shapes")},
+            "batch_size": 12,
+            "max_tokens": 12,
+        },
         "model": {
-            "vision": {"source": "arch:vit", "pretrained": False, "overrides": {**tiny, "image_size": 16, "patch_size": 8}},
+            "vision": {
+                "source": "arch:vit",
+                "pretrained": False,
+                "overrides": {**tiny, "image_size": 16, "patch_size": 8},
+            },
             "text": {"source": str(folder / "text"), "pretrained": False},
             "image": {"size": 16, "normalize": "half"},
             "embed_dim": 16,

@@ -101,17 +101,22 @@ def test_config_and_command_line_do_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_local_mode_imports_without_ray_and_deepspeed() -> None:
+def test_local_mode_imports_without_ray_and_deepspeed(tmp_path: Path) -> None:
     """A fresh interpreter in which both packages cannot be found still imports every room but their doors."""
     code = (
         "import sys\n"
         "sys.modules.update({'ray': None, 'deepspeed': None})\n"
         "import fmray.training.loop, fmray.runtime.launch, fmray.evaluation.embed, fmray.serving.app, fmray.cli\n"
         "from fmray.errors import MissingExtra\n"
-        "try:\n    import fmray.runtime.ray_train\nexcept MissingExtra as error:\n    assert 'fmray[ray]' in str(error)\n"
+        "from fmray.runtime.launch import launch\n"
+        "from fmray.config.schema import PretrainConfig, RunConfig, RuntimeConfig\n"
+        "run = RunConfig(storage=sys.argv[1])\n"
+        "try:\n    launch(print, PretrainConfig(run=run, runtime=RuntimeConfig(kind='ray')))\n"
+        "except MissingExtra as error:\n    assert 'fmray[ray]' in str(error)\n"
         "else:\n    sys.exit('ray was found')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -126,7 +131,9 @@ def test_files_and_functions_stay_small_and_well_named(path: Path) -> None:
             assert size <= 60, f"{node.name} has {size} lines"
         if isinstance(node, ast.ExceptHandler):
             caught = "everything" if node.type is None else getattr(node.type, "id", "")
-            assert caught not in ("everything", "Exception", "BaseException"), f"blanket except, line {node.lineno}"
+            assert caught not in ("everything", "Exception", "BaseException"), (
+                f"blanket except, line {node.lineno}"
+            )
     assert not re.search(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b", text), "unfinished"
 
 

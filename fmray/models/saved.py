@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -95,7 +96,7 @@ def _load_local(folder: str, location: str, device: torch.device) -> LoadedDualE
         try:
             model = DualEncoder.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{location}: cannot be loaded: {str(error).splitlines()[0]}") from None
     return LoadedDualEncoder(model.to(device).eval(), tokenizer, model.image, model.config.max_tokens)
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from fmray.config.loading import dump_json
 from fmray.config.schema import ReportConfig, RunConfig, RuntimeConfig, Section
-from fmray.errors import ConfigError
+from fmray.errors import ConfigError, require_package
 from fmray.runtime.context import (
     Context,
     Outcome,
@@ -49,6 +49,7 @@ def launch(work: Work[Any], config: Any, *, steps: int = 0) -> Outcome:
         folder.remove()
     prepare_folder(folder, config)
     if config.runtime.kind == "ray":
+        require_package("ray", "ray", "runtime.kind=ray")
         from fmray.runtime.ray_train import run_on_ray
 
         return run_on_ray(work, config, folder, steps)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -15,36 +14,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fmray.errors import ResourceError
 from fmray.runtime.ports import bind
-
-
-@contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """Inside, Ray is there: this process's own, the cluster at `address`, or one started here.
-
-    Raises ResourceError where no cluster answers.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        # log_to_driver would print every replica's lines here; they are in Ray's log folder and its dashboard
-        ray.init(address=address, log_to_driver=False, logging_level="warning")
-    except (ConnectionError, TimeoutError, ValueError) as error:
-        raise ResourceError(f"runtime.address={address}: {str(error).splitlines()[0]}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+from fmray.runtime.ray_cluster import require_resources
 
 
 def run_app(
     build: Callable[[], FastAPI], *, name: str, replicas: int, host: str, port: int, cpus: float, gpus: float
 ) -> None:
-    """Deploy the app that `build` makes inside each replica, and return once it answers; inside `cluster`.
+    """Deploy the app that `build` makes inside each replica, and return once it answers; inside `connected`.
 
     Raises ResourceError: the port is taken, the cluster is too small, or the replicas do not come up.
     """
-    _check_capacity({"CPU": replicas * cpus, "GPU": replicas * gpus})
+    wanted = {"CPU": replicas * cpus} | ({"GPU": replicas * gpus} if gpus else {})
+    require_resources(wanted, f"replicas={replicas}", "lower replicas")
     if serve.status().proxies:
         _check_listens(host, port)
     else:
@@ -107,14 +88,6 @@ def _check_listens(host: str, port: int) -> None:
     except ResourceError:
         return
     raise ResourceError(f"Ray Serve runs on this cluster already, on another port than {port}: use that one")
-
-
-def _check_capacity(asked: dict[str, float]) -> None:
-    """Without this, Serve waits for ever for a node that nobody will add."""
-    have = ray.cluster_resources()
-    for kind, amount in asked.items():
-        if amount > have.get(kind, 0.0):
-            raise ResourceError(f"{amount:g} {kind} asked for, the cluster has {have.get(kind, 0.0):g}")
 
 
 def stop_app(name: str) -> None:

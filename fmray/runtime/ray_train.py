@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util.metrics import Gauge
+
 from fmray.config.schema import RuntimeConfig
-from fmray.errors import FmrayError, MissingExtra, ResourceError
+from fmray.errors import FmrayError
 from fmray.runtime.context import (
     Context,
     Outcome,
@@ -27,17 +31,9 @@ from fmray.runtime.context import (
     stop_on_sigterm,
 )
 from fmray.runtime.metrics import EVALUATION, METRICS, ProgressBar, make_reporters, prometheus_name
+from fmray.runtime.ray_cluster import connected, require_resources
 from fmray.runtime.run_folder import RunFolder
 from fmray.types import Metrics
-
-try:
-    import ray
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import WorkerGroupError
-    from ray.util.metrics import Gauge
-except ImportError:
-    raise MissingExtra("ray", "ray", "runtime.kind=ray") from None
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +45,12 @@ def run_on_ray(
     work: Callable[[Any, Context], Outcome], config: Any, folder: RunFolder, steps: int
 ) -> Outcome:
     """Run the work on `config.runtime.workers` ranks; raises what a rank raised, or ResourceError before it starts."""
-    with connected(config.runtime):
-        runtime: RuntimeConfig = config.runtime
-        require_resources(runtime)
+    runtime: RuntimeConfig = config.runtime
+    with connected(runtime.address):
+        count = min(runtime.worker_counts)
+        wanted = {name: each * count for name, each in _resources(runtime).items()}
+        cure = "lower runtime.workers, runtime.cpus_per_worker or runtime.gpus_per_worker"
+        require_resources(wanted, f"runtime.workers={count}", cure)
         folder.remove(OUTCOME)
         trainer = TorchTrainer(
             _rank,
@@ -81,41 +80,6 @@ def run_on_ray(
 def _resources(runtime: RuntimeConfig) -> dict[str, float]:
     wanted = {"CPU": runtime.cpus_per_worker}
     return wanted | {"GPU": runtime.gpus_per_worker} if runtime.gpus_per_worker else wanted
-
-
-@contextmanager
-def connected(runtime: RuntimeConfig) -> Iterator[None]:
-    """A Ray to work on: the one this process is in already, the one at `runtime.address`, or a new one on this machine."""
-    if ray.is_initialized():
-        yield
-        return
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
-    try:
-        if runtime.address or os.environ.get("RAY_ADDRESS"):
-            ray.init(address=runtime.address or "auto", **quiet)
-        else:
-            # the dashboard stays on: without it Ray Train prints a failed query every few seconds
-            ray.init(num_cpus=os.cpu_count(), include_dashboard=True, **quiet)
-    except ConnectionError as error:
-        raise ResourceError(
-            f"runtime.address={runtime.address!r}: no Ray cluster answers there ({str(error).splitlines()[0]})"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def require_resources(runtime: RuntimeConfig) -> None:
-    """Refuse, before anything starts, what the cluster as it stands can never hold."""
-    has = ray.cluster_resources()
-    count = min(runtime.worker_counts)
-    for name, each in _resources(runtime).items():
-        if each * count > has.get(name, 0):
-            raise ResourceError(
-                f"runtime.workers={count} with {each:g} {name} each need {each * count:g} {name}, "
-                f"but the cluster has {has.get(name, 0):g}: lower runtime.workers or runtime.{name.lower()}s_per_worker"
-            )
 
 
 # ------------------------------------------------------------------------------------------------------------ on a worker

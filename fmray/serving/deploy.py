@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fmray.config.schema import ServeConfig
-from fmray.errors import MissingExtra
+from fmray.errors import require_package
 from fmray.manifest import find_model_folder
 from fmray.runtime.context import choose_device, stop_on_sigterm
 from fmray.runtime.ports import bind
@@ -29,9 +28,10 @@ def serve(config: ServeConfig) -> None:
 
     May raise MissingExtra, CheckpointError or ResourceError (port in use, cluster too small) before that.
     """
-    _need("serve", "fastapi", "uvicorn")
+    require_package("fastapi", "serve", "serving")
+    require_package("uvicorn", "serve", "serving")
     if config.runtime.kind == "ray":
-        _need("ray", "ray")
+        require_package("ray", "ray", "runtime.kind=ray")
         _serve_on_ray(config)
     else:
         _serve_here(config)
@@ -70,11 +70,12 @@ def _serve_here(config: ServeConfig) -> None:
 
 def _serve_on_ray(config: ServeConfig) -> None:
     from fmray.runtime import ray_serve
+    from fmray.runtime.ray_cluster import connected
 
     # found once, as an absolute path: replicas have another working folder, and must not differ in what they load
     config = config.replace(checkpoint=find_model_folder(config.checkpoint))
     # the signals after Ray, whose own handler would end the process
-    with ray_serve.cluster(config.runtime.address), stop_on_sigterm() as stop_asked:
+    with connected(config.runtime.address), stop_on_sigterm() as stop_asked:
         ray_serve.run_app(
             lambda: build_clip_app(config),
             name=config.model_id,
@@ -89,9 +90,3 @@ def _serve_on_ray(config: ServeConfig) -> None:
             ray_serve.wait_while_running(config.model_id, stop_asked)
         finally:
             ray_serve.stop_app(config.model_id)
-
-
-def _need(extra: str, *packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtra(package, extra, "serving" if extra == "serve" else "runtime.kind=ray")

@@ -126,7 +126,7 @@ class DeepSpeedEngine:
         if self._stage == 0:
             device = parameter.device
             state = {key: value.to(device) for key, value in moments.items()}
-            self._optimizer.state[parameter] = {"step": torch.tensor(0.0), **state}
+            self._optimizer.state[parameter] = {"step": torch.zeros((), device=device), **state}
             return
         self._make_state()
         self._write(parameter, None, tensors["weight"])
@@ -161,7 +161,7 @@ class DeepSpeedEngine:
         inner = self._optimizer if self._stage == 0 else self._optimizer.optimizer
         for state in inner.state.values():
             if "step" in state:
-                state["step"] = torch.tensor(float(step))
+                state["step"].fill_(step)
 
     def _make_state(self) -> None:
         """AdamW makes its moments at the first step; saving and loading need them before."""
@@ -172,7 +172,7 @@ class DeepSpeedEngine:
         for share in shares:
             if "exp_avg" not in zero.optimizer.state[share]:
                 moments = {key: torch.zeros_like(share) for key in MOMENTS}
-                zero.optimizer.state[share] = {"step": torch.tensor(0.0), **moments}
+                zero.optimizer.state[share] = {"step": torch.zeros((), device=share.device), **moments}
         if self._stage < 3:
             zero._hp_optimizer_states_linked = (
                 False  # DeepSpeed links once, before the later groups have moments

@@ -138,11 +138,11 @@ class TorchEngine:
         parameter.data.copy_(tensors["weight"])
         moments = {key: tensors[key].to(self._device) for key in MOMENTS if key in tensors}
         if moments:
-            self._optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+            self._optimizer.state[parameter] = {"step": torch.zeros((), device=self._device), **moments}
 
     def load_step(self, step: int) -> None:
         for state in self._optimizer.state.values():
-            state["step"] = torch.tensor(float(step))
+            state["step"].fill_(step)
 
     def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
         return contextlib.nullcontext()

@@ -81,7 +81,8 @@ def make_learner(config: PretrainConfig, source: Source, context: Context) -> tu
     pad_to = model.config.max_tokens if model.config.pad_to_max else None
     dataset = PairDataset(source, tokenizer, config.data, model.image, config.run.seed, pad_to)
     if config.model.warm_start == "ridge":
-        start_at_ridge(model.to(context.device), tokenizer, dataset, config.model.ridge_strength, context)
+        strength, precision = config.model.ridge_strength, config.engine.precision
+        start_at_ridge(model.to(context.device), tokenizer, dataset, strength, precision, context)
     groups = parameter_groups(model, config.parts, config.optimizer.lr, config.optimizer.weight_decay)
     rows = config.data.batch_size // context.world_size
     micro_batch = min(rows, config.objective.grad_cache_chunk or rows)

@@ -14,6 +14,7 @@ from fmray.evaluation.embed import embed_texts, measuring
 from fmray.models.clip import DualEncoder
 from fmray.models.saved import LoadedDualEncoder
 from fmray.runtime.context import Context
+from fmray.training.engine import autocast
 
 ROWS = 64
 
@@ -23,6 +24,7 @@ def start_at_ridge(
     tokenizer: PreTrainedTokenizerFast,
     dataset: PairDataset,
     strength: float,
+    precision: str,
     context: Context,
 ) -> None:
     """Set weight and bias of `model.vision_projection` to min ‖(x − μ)W − (y − ν)‖² + λ‖W‖², λ = strength·N·mean variance.
@@ -43,7 +45,10 @@ def start_at_ridge(
             pixels, captions = dataset.plain_rows(list(indices[start : start + ROWS]))
             if not captions:
                 continue
-            x_NF = model.image_features(pixels.to(device)).double()
+            with autocast(
+                device, precision
+            ):  # as in training: half the time, and the features that will be seen there
+                x_NF = model.image_features(pixels.to(device)).double()
             flat = [caption for choices in captions for caption in choices]
             by_picture = torch.split(embed_texts(encoder, flat).double(), list(map(len, captions)))
             y_ND = torch.stack([vectors.mean(0) for vectors in by_picture])

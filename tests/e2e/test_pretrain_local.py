@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from fmray.cli import door, evaluate, pretrain
 from fmray.errors import TEMPORARY_FAILURE
+from fmray.models.saved import load_dual_encoder
 from fmray.runtime.run_folder import RunFolder
 from tests.pictures import write_config
 
@@ -211,6 +212,29 @@ def fill() -> None:
 threading.Thread(target=fill, daemon=True).start()
 sys.exit(door(pretrain, ["--config", sys.argv[1]]))
 """
+
+
+def test_a_run_on_an_fsspec_url_saves_resumes_and_loads(tmp_path: Path) -> None:
+    storage = f"memory://{tmp_path.name}"
+    config = str(
+        write_config(tmp_path, "far", train__steps=6, train__checkpoint_every=3, train__keep_checkpoints=1)
+    )
+    assert door(pretrain, ["--config", config, f"run.storage={storage}", "train.steps=3"]) == 0
+    assert door(pretrain, ["--config", config, f"run.storage={storage}"]) == 0
+    far = RunFolder(f"{storage}/far")
+    assert [line["step"] for line in far.metrics() if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    names = [
+        str(path).rpartition("/")[2] for path in far.filesystem.ls(far.path("checkpoints"), detail=False)
+    ]
+    assert names == ["step-00000006"]
+    assert load_dual_encoder(far.url, torch.device("cpu")).model.config.embed_dim == 16
+
+
+def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
+    for name, on in (("kept", False), ("recomputed", True)):
+        config = write_config(tmp_path, name, train__steps=5, engine__activation_checkpointing=on)
+        assert door(pretrain, ["--config", str(config)]) == 0
+    assert lines(tmp_path, "recomputed") == lines(tmp_path, "kept")
 
 
 # ------------------------------------------------------------------------------------------------- one line, no traceback

@@ -57,12 +57,11 @@ def configured(folder: Path, **changes: Any) -> PretrainConfig:
 def test_zero_0_to_3_one_and_two_workers_local_and_ray_are_one_curve(
     ray_session: None, tmp_path: Path
 ) -> None:
-    launch(every_engine, configured(tmp_path, run__name="local"))
+    averaged = {"optimizer__ema_decay": 0.9}
+    launch(every_engine, configured(tmp_path, run__name="local", **averaged))
     for workers in (1, 2):
-        name = f"ray{workers}"
-        launch(
-            every_engine, configured(tmp_path, run__name=name, runtime__kind="ray", runtime__workers=workers)
-        )
+        there = {"run__name": f"ray{workers}", "runtime__kind": "ray", "runtime__workers": workers}
+        launch(every_engine, configured(tmp_path, **there, **averaged))
     reference = losses(tmp_path, "local-torch")
     assert len(reference) == 20
     assert reference[-1] < 0.9 * reference[0]
@@ -71,6 +70,10 @@ def test_zero_0_to_3_one_and_two_workers_local_and_ray_are_one_curve(
             curve = losses(tmp_path, f"{place}-{engine}")
             worst = max(abs(a - b) / b for a, b in zip(curve, reference, strict=True))
             assert worst <= TIGHT, f"{place} {engine}: {worst:.1e}"
+            tensors, expected = state(tmp_path, f"{place}-{engine}", 20), state(tmp_path, "local-torch", 20)
+            assert tensors.keys() == expected.keys()
+            far = {name: float((tensors[name] - expected[name]).abs().max()) for name in tensors}
+            assert max(far.values()) <= 2e-4, f"{place} {engine}: {max(far, key=lambda name: far[name])}"
     for engine in ENGINES:  # equal threads, one rank: the same sums in the same order
         assert losses(tmp_path, f"ray1-{engine}") == losses(tmp_path, f"local-{engine}")
 
@@ -94,6 +97,17 @@ def test_a_run_goes_on_with_another_number_of_workers_and_another_engine(
         pretrain_room, configured(tmp_path, **half)
     )  # steps 11 to 20 again, in one local process, plain torch
     assert losses(tmp_path, "moved") == pytest.approx(losses(tmp_path, "whole"), rel=TIGHT)
+
+
+def test_an_elastic_run_takes_what_there_is(ray_session: None, tmp_path: Path) -> None:
+    """Of four CPUs, two workers that want two each are the most that fit; three are wanted, one would do."""
+    wide = {"runtime__kind": "ray", "runtime__workers": (1, 3), "runtime__cpus_per_worker": 2.0}
+    outcome = launch(pretrain_room, configured(tmp_path, run__name="elastic", train__steps=3, **wide))
+    assert outcome == Outcome(steps=3, finished=True)
+    files = sorted(
+        path.name for path in (tmp_path / "runs/elastic/checkpoints/step-00000003/state").iterdir()
+    )
+    assert files == ["tensors-00000.safetensors", "tensors-00001.safetensors", "trainer.json"]
 
 
 def worker_pid(folder: Path, name: str) -> int:

@@ -27,19 +27,23 @@ def contrast(outputs: Outputs, batch: ImageTextBatch) -> torch.Tensor:
     )
 
 
-def engine_for(stage: int | None, rows: int, dropout: float = 0.0) -> tuple[Engine, list[Any]]:
+def engine_for(
+    stage: int | None, rows: int, dropout: float = 0.0, offload: str = "none"
+) -> tuple[Engine, list[Any]]:
     model = tiny_model(dropout=dropout).train()
     groups = parameter_groups(model, {}, OPTIMIZER.lr, OPTIMIZER.weight_decay)
-    config = EngineConfig(kind="torch") if stage is None else EngineConfig(kind="deepspeed", zero_stage=stage)
+    config = EngineConfig(kind="torch")
+    if stage is not None:
+        config = EngineConfig.model_validate({"kind": "deepspeed", "zero_stage": stage, "offload": offload})
     return make_engine(model, groups, OPTIMIZER, config, torch.device("cpu"), rows), groups
 
 
 def train(
-    rank: int, world: int, stage: int | None, chunk: int | None, restart: bool = False
+    rank: int, world: int, stage: int | None, chunk: int | None, restart: bool = False, **options: Any
 ) -> dict[str, Any]:
     """Four steps; returns losses, norms and all tensors."""
     rows = ROWS // world
-    engine, groups = engine_for(stage, chunk or rows)
+    engine, groups = engine_for(stage, chunk or rows, **options)
     losses, norms = [], []
     for step in range(STEPS):
         batch = tiny_batch(ROWS, seed=step).rows(slice(rank * rows, (rank + 1) * rows))
@@ -65,7 +69,34 @@ def every_case(rank: int, world: int, stages: list[int | None]) -> dict[str, Any
         cases[f"{stage}"] = train(rank, world, stage, None)
         cases[f"{stage}/chunk"] = train(rank, world, stage, 4)
         cases[f"{stage}/restart"] = train(rank, world, stage, None, restart=True)
+        cases[f"{stage}/dropout"] = train(rank, world, stage, 4, dropout=0.1)
     return cases
+
+
+def gradients(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in engine.module.named_parameters() if p.grad is not None}
+
+
+def test_grad_cache_gives_the_gradient_of_the_whole_batch_under_the_same_noise() -> None:
+    """Dropout 0.1: the reference keeps every chunk's graph, drawn with the seeds that GradCache counts out."""
+    torch.set_num_threads(1)
+    batch, chunks = tiny_batch(ROWS), [slice(start, start + 4) for start in range(0, ROWS, 4)]
+    engine, _ = engine_for(None, ROWS, dropout=0.1)
+    parts = []
+    for index, rows in enumerate(chunks):
+        torch.manual_seed(70 + index)
+        parts.append(forward_outputs(engine, batch.rows(rows)))
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("image_embeds", "text_embeds")}
+    expected_loss = contrast(whole | {"logit_scale": parts[0]["logit_scale"]}, batch)
+    expected_loss.backward()
+    expected = gradients(engine)
+    other, _ = engine_for(None, 4, dropout=0.1)
+    loss, _ = GradCache(other, contrast, 4).backward(batch, noise_seed=70)
+    assert loss.item() == pytest.approx(expected_loss.item(), abs=1e-7)
+    found = gradients(other)
+    assert found.keys() == expected.keys()
+    assert "temperature.log_scale" in found
+    assert max(float((found[name] - expected[name]).abs().max()) for name in expected) <= 1e-6
 
 
 def assert_close(mine: dict[str, Any], reference: dict[str, Any], tolerance: float) -> None:
@@ -94,7 +125,12 @@ def test_torch_engine_grad_cache_and_restart_on_one_rank(reference: dict[str, An
 @pytest.mark.deepspeed
 def test_every_engine_and_stage_is_one_arithmetic_on_two_ranks(reference: dict[str, Any]) -> None:
     ranks = run_workers(2, every_case, [None, 0, 1, 2, 3])
+    noisy = {case: mine for case, mine in ranks[0].items() if case.endswith("/dropout")}
+    for mine in noisy.values():  # the same noise under every engine
+        assert_close(mine, noisy["None/dropout"], 2e-6)
     for case, mine in ranks[0].items():
+        if case in noisy:
+            continue
         mean_losses = [(a + b) / 2 for a, b in zip(mine["losses"], ranks[1][case]["losses"], strict=True)]
         assert mean_losses == pytest.approx(reference["losses"], rel=1e-5), case
         assert_close(mine, reference, 2e-6)

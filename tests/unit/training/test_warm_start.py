@@ -62,7 +62,7 @@ def test_pictures_start_near_their_captions() -> None:
     encoded = tokenizer([f"shade {i}" for i in range(20)], return_tensors="pt")
     text = model.eval().encode_text(encoded["input_ids"], encoded["attention_mask"])  # type: ignore[arg-type]
     before = (model.encode_image(pixels) * text).sum(1).mean()
-    start_at_ridge(model, tokenizer, dataset, 0.01, context)  # type: ignore[arg-type]
+    start_at_ridge(model, tokenizer, dataset, 0.01, "fp32", context)  # type: ignore[arg-type]
     after = (model.encode_image(pixels) * text).sum(1).mean()
     assert after > before + 0.2
 
@@ -95,7 +95,7 @@ def test_every_caption_of_a_picture_counts() -> None:
     found = []
     for source in (Captioned(pairs), Captioned(tuple((c,) for pair in pairs for c in pair), times=2)):
         dataset = PairDataset(source, tokenizer, DataConfig(), model.image, seed=0)
-        start_at_ridge(model, tokenizer, dataset, 0.1, context)  # type: ignore[arg-type]
+        start_at_ridge(model, tokenizer, dataset, 0.1, "fp32", context)  # type: ignore[arg-type]
         found.append(model.vision_projection.weight.detach().clone())
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
     assert found[0].abs().max() > 1e-3
