@@ -73,6 +73,8 @@ class DeepSpeedEngine:
         self._parameters = [p for group in groups for p in group.parameters]
         self._names = {parameter: name for name, parameter in module.named_parameters()}
         self._by_name = {name: parameter for parameter, name in self._names.items()}
+        for parameter in module.parameters():  # channels-last weights cannot be sent: it views them as bytes
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         # the weights are built and loaded whole before they are sharded: zero.Init leaves transformers' models badly initialised
         self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
             model=module.to(device),
