@@ -52,7 +52,7 @@ def clip_emoji() -> PretrainConfig:
         objective=ObjectiveConfig(temperature=0.1),
         optimizer=OptimizerConfig(lr=1e-3, eps=1e-8, warmup_steps=8),
         engine=EngineConfig(precision="bf16"),
-        train=TrainConfig(steps=130, evaluate_every=65, checkpoint_every=65),
+        train=TrainConfig(steps=130, evaluate_every=26, checkpoint_every=65),
     )
 
 

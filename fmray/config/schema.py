@@ -6,6 +6,7 @@ This file holds the model, the learning and the roots, and is the one address of
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -275,11 +276,12 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for count in self.runtime.worker_counts:
-            if self.data.batch_size % count:
-                raise ConfigError(
-                    "data.batch_size", self.data.batch_size, f"must divide among {count} workers"
-                )
+        counts = self.runtime.worker_counts
+        if any(self.data.batch_size % count for count in counts):
+            many = f"every number of workers from {counts[0]} to {counts[-1]}"
+            among = f"{counts[0]} workers" if len(counts) == 1 else many
+            cure = f"must divide among {among}: take a multiple of {math.lcm(*counts)}"
+            raise ConfigError("data.batch_size", self.data.batch_size, cure)
         if self.engine.offload != "none" and self.engine.kind != "deepspeed":
             raise ConfigError("engine.offload", self.engine.offload, "needs engine.kind=deepspeed")
         if self.engine.offload != "none" and self.engine.zero_stage < 2:
