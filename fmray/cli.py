@@ -76,7 +76,7 @@ def assets(arguments: Arguments) -> int:
         return 0
     for row in list_assets():
         say(
-            f"{row.name:<14}{'cached' if row.cached else '-':<8}{row.requirement:<42}{row.licence:<24}{row.what}"
+            f"{row.name:<24}{'cached' if row.cached else '-':<8}{row.requirement}\n    {row.what}\n    licence: {row.licence}"
         )
     return 0
 
