@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fmray.models.saved import save_dual_encoder
+from fmray.runtime.ports import free_port
 from tests.tiny import tiny_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,!?"
@@ -63,12 +63,6 @@ def picture(color: str = "red", size: tuple[int, int] = (20, 24), kind: str = "P
 
 def data_url(data: bytes, mime: str = "image/png") -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -39,21 +39,9 @@ class Tokenizer(Protocol):
     def __call__(self, text: list[str], *, truncation: bool, max_length: int) -> Any: ...
 
 
-@dataclass(frozen=True, slots=True)
-class SampleOrder:
-    """`SampleOrder(count=1000, seed=0).at(1234)` → (epoch 1, a sample's index); every epoch holds each sample once."""
-
-    count: int
-    seed: int
-
-    def epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        """A permutation of 0..count-1, a function of (seed, epoch)."""
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.count)
-
-    def at(self, position: int) -> tuple[int, int]:
-        """Epoch and sample index at a position of the stream."""
-        epoch, place = divmod(position, self.count)
-        return epoch, int(self.epoch_order(epoch)[place])
+def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of 0..count-1, a function of (seed, epoch): every epoch holds each sample once."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
 def position_seed(seed: int, position: int) -> int:
@@ -140,9 +128,10 @@ class PairDataset(Dataset[LoadedBatch]):
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
-            self._orders = {epoch: SampleOrder(len(self.source), self.seed).epoch_order(epoch)} | {
+            kept = {
                 e: order for e, order in self._orders.items() if e == epoch - 1
-            }
+            }  # a batch may straddle two
+            self._orders = kept | {epoch: epoch_order(len(self.source), self.seed, epoch)}
         return self._orders[epoch]
 
     def _decode(self, index: int) -> Decoded:

@@ -8,7 +8,6 @@ are computed together, and so every bit of an embedding, does not depend on the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -27,6 +26,7 @@ from fmray.config.schema import (
     ImageConfig,
     SourceConfig,
 )
+from fmray.data.loader import caption_key
 from fmray.data.sources import Source, open_source
 from fmray.data.transforms import compose, decode_rgba, white
 from fmray.errors import DataError
@@ -64,11 +64,6 @@ def embed_pictures(encoder: LoadedDualEncoder, rgba_B4HW: Tensor) -> Tensor:
     """Unit vectors float32 [B, D] of decoded pictures, uint8, over white."""
     pixels_BCHW = compose(rgba_B4HW, white(len(rgba_B4HW)))
     return encoder.model.encode_image(pixels_BCHW.to(encoder.model.device))
-
-
-def caption_key(caption: str) -> int:
-    """An int64 that is equal for equal captions, in every process (Python's `hash` is salted)."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def read_sample(source: Source, index: int, image: ImageConfig) -> tuple[ImageText, Tensor] | None:

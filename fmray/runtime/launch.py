@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from fmray.config.loading import dump_json
-from fmray.config.schema import ReportConfig, RunConfig, RuntimeConfig, Section
+from fmray.config.schema import Section
 from fmray.errors import ConfigError, require_package
 from fmray.runtime.context import (
     Context,
@@ -23,26 +23,13 @@ from fmray.runtime.context import (
 from fmray.runtime.metrics import ProgressBar, PrometheusReporter, make_reporters
 from fmray.runtime.run_folder import RunFolder
 
-
-class Launchable(Protocol):
-    """A root configuration that says where and under what name it runs."""
-
-    @property
-    def run(self) -> RunConfig: ...
-    @property
-    def runtime(self) -> RuntimeConfig: ...
-    @property
-    def report(self) -> ReportConfig: ...
-
-
-Config = TypeVar("Config", bound=Section)
-Work = Callable[[Config, Context], Outcome]
+Work = Callable[[Any, Context], Outcome]
 
 MAY_CHANGE = ("runtime", "report", "run", "engine", "evaluate", "train")
 """Sections that a resumed run may have otherwise: where it runs, how it is measured, how long."""
 
 
-def launch(work: Work[Any], config: Any, *, steps: int = 0) -> Outcome:
+def launch(work: Work, config: Any, *, steps: int = 0) -> Outcome:
     """Run the work where `config.runtime` says; resumes a run of the same name. `steps` scales the progress bar."""
     folder = RunFolder.of(config.run)
     if config.run.fresh:
@@ -79,7 +66,7 @@ def differences(before: Any, after: Any, key: str = "") -> list[tuple[str, objec
     return found
 
 
-def run_here(work: Work[Any], config: Any, folder: RunFolder, steps: int) -> Outcome:
+def run_here(work: Work, config: Any, folder: RunFolder, steps: int) -> Outcome:
     """Rank 0 of 1, in this process; no Ray."""
     prepare_process(config.runtime)
     reporters = make_reporters(config.report, folder, config.run.name)

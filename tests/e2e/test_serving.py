@@ -21,8 +21,9 @@ import openai
 import pytest
 
 from fmray.config.schema import RuntimeConfig, ServeConfig
+from fmray.runtime.ports import free_port
 from fmray.serving.deploy import serve
-from tests.endpoint import data_url, free_port, picture, save_tiny_checkpoint
+from tests.endpoint import data_url, picture, save_tiny_checkpoint
 
 RED, BLUE = data_url(picture("red")), data_url(picture("blue", kind="JPEG"), "image/jpeg")
 

@@ -21,10 +21,10 @@ from fmray.config.schema import (
     FolderSource,
     JsonlSource,
 )
+from fmray.data.loader import caption_key
 from fmray.data.sources import open_source
 from fmray.errors import DataError
 from fmray.evaluation.embed import (
-    caption_key,
     classify_captions,
     embed_pairs,
     embed_texts,

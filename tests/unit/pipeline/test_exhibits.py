@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from fmray.config.schema import JsonlSource
+from fmray.data.loader import caption_key
 from fmray.data.sources import Source, open_source
-from fmray.evaluation.embed import caption_key
 from fmray.evaluation.retrieval import PairEmbeddings
 from fmray.pipeline.exhibits import galleries, spread
 from fmray.pipeline.report import Report, render

@@ -9,9 +9,8 @@ import pytest
 
 from fmray.config.schema import RuntimeConfig, ServeConfig
 from fmray.errors import CheckpointError, ResourceError
-from fmray.runtime.ports import bind
+from fmray.runtime.ports import bind, free_port
 from fmray.serving.deploy import serve
-from tests.endpoint import free_port
 
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded() -> None:
