@@ -19,6 +19,7 @@ from tokenizers.models import Unigram
 from torch import Tensor
 from transformers import MobileNetV2Config, MobileNetV2Model, PreTrainedTokenizerFast
 
+from fmray.assets_language import build_flan_t5_small, build_movie_reviews
 from fmray.errors import AssetError
 
 
@@ -190,5 +191,7 @@ BUILDERS: dict[str, Callable[[Path, Path], None]] = {
     "mobilenet_v2/1": build_mobilenet_v2,
     "groceries/2": build_groceries,
     "multilingual_sentences/1": build_multilingual_sentences,
+    "flan_t5_small/1": build_flan_t5_small,
+    "movie_reviews/1": build_movie_reviews,
 }
 """By the `build` of `assets.json`; a change of what is written takes a new number."""

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fmray"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "jobs").glob("*.py")])
-FOUNDATION = {"errors", "types", "config", "manifest", "assets", "assets_build"}
+FOUNDATION = {"errors", "types", "config", "manifest", "assets", "assets_build", "assets_language"}
 
 ROOMS_MAY_IMPORT = {
     "errors": set(),
@@ -21,7 +21,8 @@ ROOMS_MAY_IMPORT = {
     "config": {"errors"},
     "manifest": {"errors"},
     "assets": {"errors", "config", "assets_build"},  # the builder is imported when an asset is converted
-    "assets_build": {"errors", "assets"},
+    "assets_build": {"errors", "assets", "assets_language"},
+    "assets_language": {"errors"},
     "runtime": {"errors", "types", "config"},
     "data": {"errors", "types", "config", "assets"},
     "models": {"errors", "types", "config", "assets", "manifest"},
