@@ -6,6 +6,8 @@ FmrayError
  ├─ AssetError (OSError)          a pinned download that is missing or altered
  ├─ CheckpointError (OSError)     a checkpoint that is missing, truncated, altered or of another model
  ├─ ResourceError (RuntimeError)  more CPUs, GPUs, disk or ports than there are
+ ├─ PoolError (RuntimeError)      an actor pool that does not answer; names pool, replica and phase
+ ├─ RewardError (RuntimeError)    a reward that raised, timed out or was no number; names reward and sample
  ├─ MissingExtra (ImportError)    an optional package; names the extra that brings it
  └─ RequestError (ValueError)     an HTTP request that cannot be answered; carries its status code
 
@@ -49,6 +51,14 @@ class CheckpointError(FmrayError, OSError):
 
 class ResourceError(FmrayError, RuntimeError):
     """More CPUs, GPUs, disk or ports than this machine or cluster has."""
+
+
+class PoolError(FmrayError, RuntimeError):
+    """A pool did not answer in time, or has no replica left; the message names pool, replica and phase."""
+
+
+class RewardError(FmrayError, RuntimeError):
+    """A reward that raised, timed out or returned NaN, beyond its budget; the message holds the sample."""
 
 
 class MissingExtra(FmrayError, ImportError):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fmray.config.schema import RuntimeConfig
 from fmray.errors import ResourceError
+from fmray.runtime.pool import LocalPools, PoolPlan, Pools
 from fmray.runtime.run_folder import RunFolder
 from fmray.types import Metrics
 
@@ -41,6 +42,11 @@ class Context(Protocol):
     @property
     def folder(self) -> RunFolder:
         """The run's folder, shared by all ranks."""
+        ...
+
+    @property
+    def pools(self) -> Pools:
+        """The run's actor pools, as this rank asks them."""
         ...
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -76,6 +82,7 @@ class WorkerContext:
     world_size: int
     device: torch.device
     folder: RunFolder
+    pools: Pools = field(default_factory=lambda: LocalPools(PoolPlan(), torch.device("cpu")))
     reporters: list[Callable[[int, Metrics], None]] = field(default_factory=list)
     stop_flag: Callable[[], bool] = lambda: False
 

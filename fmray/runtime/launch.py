@@ -21,16 +21,21 @@ from fmray.runtime.context import (
     stop_on_sigterm,
 )
 from fmray.runtime.metrics import ProgressBar, PrometheusReporter, make_reporters
+from fmray.runtime.pool import LocalPools, PoolPlan
 from fmray.runtime.run_folder import RunFolder
 
 Work = Callable[[Any, Context], Outcome]
+NO_POOLS = PoolPlan()
 
 MAY_CHANGE = ("runtime", "report", "run", "engine", "evaluate", "train")
 """Sections that a resumed run may have otherwise: where it runs, how it is measured, how long."""
 
 
-def launch(work: Work, config: Any, *, steps: int = 0) -> Outcome:
-    """Run the work where `config.runtime` says; resumes a run of the same name. `steps` scales the progress bar."""
+def launch(work: Work, config: Any, *, steps: int = 0, pools: PoolPlan = NO_POOLS) -> Outcome:
+    """Run the work where `config.runtime` says, with the pools it asks; resumes a run of the same name.
+
+    `steps` scales the progress bar.
+    """
     folder = RunFolder.of(config.run)
     if config.run.fresh:
         folder.remove()
@@ -39,8 +44,8 @@ def launch(work: Work, config: Any, *, steps: int = 0) -> Outcome:
         require_package("ray", "ray", "runtime.kind=ray")
         from fmray.runtime.ray_train import run_on_ray
 
-        return run_on_ray(work, config, folder, steps)
-    return run_here(work, config, folder, steps)
+        return run_on_ray(work, config, folder, steps, pools)
+    return run_here(work, config, folder, steps, pools)
 
 
 def prepare_folder(folder: RunFolder, config: Section) -> None:
@@ -66,9 +71,10 @@ def differences(before: Any, after: Any, key: str = "") -> list[tuple[str, objec
     return found
 
 
-def run_here(work: Work, config: Any, folder: RunFolder, steps: int) -> Outcome:
+def run_here(work: Work, config: Any, folder: RunFolder, steps: int, pools: PoolPlan = NO_POOLS) -> Outcome:
     """Rank 0 of 1, in this process; no Ray."""
     prepare_process(config.runtime)
+    device = choose_device(config.runtime.device)
     reporters = make_reporters(config.report, folder, config.run.name)
     if config.report.prometheus_port is not None:
         reporters.append(PrometheusReporter(config.report.prometheus_port))
@@ -80,8 +86,9 @@ def run_here(work: Work, config: Any, folder: RunFolder, steps: int) -> Outcome:
             context = WorkerContext(
                 rank=0,
                 world_size=1,
-                device=choose_device(config.runtime.device),
+                device=device,
                 folder=folder,
+                pools=LocalPools(pools, device),
                 reporters=reporters,
                 stop_flag=lambda: asked() or folder.exists("stop"),
             )

@@ -31,6 +31,7 @@ from fmray.runtime.context import (
     stop_on_sigterm,
 )
 from fmray.runtime.metrics import EVALUATION, METRICS, ProgressBar, make_reporters, prometheus_name
+from fmray.runtime.pool import PoolPlan
 from fmray.runtime.ray_cluster import connected, require_resources
 from fmray.runtime.run_folder import RunFolder
 from fmray.types import Metrics
@@ -42,7 +43,11 @@ STOP_POLL_SECONDS = 0.5
 
 
 def run_on_ray(
-    work: Callable[[Any, Context], Outcome], config: Any, folder: RunFolder, steps: int
+    work: Callable[[Any, Context], Outcome],
+    config: Any,
+    folder: RunFolder,
+    steps: int,
+    plan: PoolPlan,
 ) -> Outcome:
     """Run the work on `config.runtime.workers` ranks; raises what a rank raised, or ResourceError before it starts."""
     runtime: RuntimeConfig = config.runtime
