@@ -22,10 +22,10 @@ from fmray.data.sources import open_source
 from fmray.objectives.contrastive import row_keys
 from fmray.runtime.context import WorkerContext, prepare_process
 from fmray.runtime.run_folder import RunFolder
-from fmray.training.checkpoint import Learner
 from fmray.training.engine import rates_at
 from fmray.training.grad_cache import GradCache, Outputs, forward_outputs
 from fmray.training.loop import Watch, contrastive_loss, learn, make_learner
+from fmray.training.pair_learner import PairLearner
 from fmray.types import ImageTextBatch
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ class OurSide:
 
     config: PretrainConfig
     context: WorkerContext
-    learner: Learner
+    learner: PairLearner
     dataset: PairDataset
     batch: ImageTextBatch
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmray.models.clip import DualEncoder
 from fmray.runtime.context import Context
 from fmray.training.engine import Engine
 
@@ -59,8 +58,8 @@ def _held(parameter: nn.Parameter) -> Tensor:
     return parameter.data if shard is None else shard
 
 
-def whole_model(model: DualEncoder, engine: Engine, average: WeightAverage | None) -> DualEncoder:
-    """A plain copy with the weights to evaluate and save, on the CPU, free of the engine; a collective."""
+def whole_weights(model: nn.Module, engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
+    """Copies of the weights to evaluate and save, buffers too, by name, whole and on the CPU; a collective."""
     weights: dict[str, Tensor] = {
         name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()
     }
@@ -70,9 +69,4 @@ def whole_model(model: DualEncoder, engine: Engine, average: WeightAverage | Non
         else:
             with engine.gathered([parameter]):
                 weights[name] = parameter.detach().cpu().clone()
-    copy = DualEncoder(model.config)
-    copy.load_state_dict(
-        weights, strict=False
-    )  # buffers that are not saved (position ids) are in named_buffers only
-    copy.eval()
-    return copy
+    return weights

@@ -3,10 +3,11 @@
 checkpoints/step-00000100/
     model/                              what `from_pretrained` loads and an endpoint serves
     state/tensors-00000.safetensors …   fp32 weights, Adam's moments and the average by parameter name; each rank writes its share
+    state/memory-00000.json …           what each rank remembers beside them, with .safetensors where it holds tensors
     state/trainer.json                  the step
     manifest.json                       sizes and SHA-256 of all of them, written last: without it the folder does not count
 
-There is no other state: data order, noise and schedules are functions of (seed, step, rank). Nothing is pickled.
+Data order, noise and schedules are functions of (seed, step, rank), so most learners remember nothing. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -18,40 +19,57 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from fmray.errors import CheckpointError
 from fmray.manifest import MANIFEST, FileSum, manifest_text, newest_good, step_folders, sum_file
-from fmray.models.clip import DualEncoder
-from fmray.models.freezing import ParameterGroup
-from fmray.models.saved import save_dual_encoder
 from fmray.runtime.context import Context
 from fmray.runtime.metrics import drop_reports_after
-from fmray.training.averaging import WeightAverage, whole_model
+from fmray.training.averaging import WeightAverage
 from fmray.training.engine import Engine
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Learner:
+class Memory:
+    """What one rank remembers beside weights and moments.
+
+    `Memory({"kl_coefficient": 0.05}, {"sample_id": torch.arange(4)})`
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    """Anything JSON can hold."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Learner(Protocol):
     """Everything that changes while learning."""
 
-    model: DualEncoder
-    tokenizer: PreTrainedTokenizerFast
-    groups: list[ParameterGroup]
-    engine: Engine
-    average: WeightAverage | None
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def average(self) -> WeightAverage | None: ...
 
-    def exported(self) -> DualEncoder:
-        """The model as it would be saved now."""
-        return whole_model(self.model, self.engine, self.average)
+    def remember(self) -> Memory:
+        """This rank's memory, to be written."""
+        ...
+
+    def recall(self, memories: list[Memory]) -> None:
+        """All ranks' memories, as they were written by perhaps more or fewer ranks."""
+        ...
+
+
+SaveModel = Callable[[Path], None]
+"""Writes the model that `from_pretrained` loads into a folder; called on rank 0 alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +83,7 @@ class Checkpoints:
     def _root(self) -> str:
         return self.context.folder.path("checkpoints")
 
-    def save(self, step: int, learner: Learner, model: DualEncoder) -> None:
+    def save(self, step: int, learner: Learner, save_model: SaveModel) -> None:
         """Write a checkpoint after `step` steps; raises CheckpointError and keeps the older ones if it cannot."""
         name = f"step-{step:08d}"
         if self.context.rank == 0:
@@ -75,7 +93,7 @@ class Checkpoints:
         shares = _share_of(learner, self.context.rank, self.context.world_size)
         try:
             with self._staged(name) as stage:
-                sums = self._write(stage, step, learner, model, shares)
+                sums = self._write(stage, step, save_model, shares, learner.remember())
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             failure = f"{'the disk is full' if full else error.strerror or error} ({self.context.folder.url})"
@@ -94,19 +112,23 @@ class Checkpoints:
         self.context.barrier()
 
     def _write(
-        self, stage: Path, step: int, learner: Learner, model: DualEncoder, shares: dict[str, Tensor]
+        self, stage: Path, step: int, save_model: SaveModel, shares: dict[str, Tensor], memory: Memory
     ) -> list[FileSum]:
         """This rank's files and their sums."""
-        (stage / "state").mkdir(parents=True, exist_ok=True)
-        mine = stage / "state" / f"tensors-{self.context.rank:05d}.safetensors"
-        save_file(shares, mine)
-        written = [mine]
+        state, rank = stage / "state", self.context.rank
+        state.mkdir(parents=True, exist_ok=True)
+        written = [state / f"tensors-{rank:05d}.safetensors", state / f"memory-{rank:05d}.json"]
+        save_file(shares, written[0])
+        written[1].write_text(json.dumps(memory.values) + "\n", encoding="utf-8")
+        if memory.tensors:
+            written.append(state / f"memory-{rank:05d}.safetensors")
+            save_file(memory.tensors, written[-1])
         if self.context.rank == 0:
             (stage / "model").mkdir(exist_ok=True)
-            save_dual_encoder(model, learner.tokenizer, stage / "model")
+            save_model(stage / "model")
             trainer = {"step": step, "world_size": self.context.world_size}
-            (stage / "state" / "trainer.json").write_text(json.dumps(trainer) + "\n", encoding="utf-8")
-            written += [*(stage / "model").rglob("*"), stage / "state" / "trainer.json"]
+            (state / "trainer.json").write_text(json.dumps(trainer) + "\n", encoding="utf-8")
+            written += [*(stage / "model").rglob("*"), state / "trainer.json"]
         return [sum_file(path, stage) for path in written if path.is_file()]
 
     @contextmanager
@@ -155,6 +177,7 @@ class Checkpoints:
         with self._local_copy(choice) as folder:
             step = int(json.loads((folder / "state" / "trainer.json").read_text(encoding="utf-8"))["step"])
             _load_tensors(folder / "state", learner)
+            learner.recall(_memories(folder / "state"))
         learner.engine.load_step(step)
         self._forget_reports(after=step)
         return step
@@ -191,6 +214,19 @@ def _share_of(learner: Learner, rank: int, world_size: int) -> dict[str, Tensor]
         if index % world_size == rank:
             mine |= {f"{name}|{key}": tensor.contiguous().clone() for key, tensor in tensors.items()}
     return mine
+
+
+def _memories(folder: Path) -> list[Memory]:
+    """What the ranks that wrote the checkpoint remembered, in their order."""
+    memories = []
+    for path in sorted(folder.glob("memory-*.json")):
+        tensors = path.with_suffix(".safetensors")
+        memories.append(
+            Memory(
+                json.loads(path.read_text(encoding="utf-8")), load_file(tensors) if tensors.exists() else {}
+            )
+        )
+    return memories
 
 
 def _load_tensors(folder: Path, learner: Learner) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from fmray.errors import DataError
 from fmray.evaluation.embed import evaluate_pairs
 from fmray.models.clip import DualEncoder, build_dual_encoder
 from fmray.models.freezing import parameter_groups
+from fmray.models.saved import save_dual_encoder
 from fmray.objectives.contrastive import in_batch_accuracy, infonce, row_keys, siglip
 from fmray.runtime.context import Context, Outcome
 from fmray.training.averaging import WeightAverage
-from fmray.training.checkpoint import Checkpoints, Learner
+from fmray.training.checkpoint import Checkpoints
 from fmray.training.engine import make_engine, rates_at
 from fmray.training.grad_cache import GradCache, Outputs, forward_outputs
+from fmray.training.pair_learner import PairLearner
 from fmray.training.warm_start import start_at_ridge
 from fmray.types import ImageTextBatch, Metrics
 
@@ -64,14 +67,14 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
         if evaluating:
             context.report(done, evaluated(exported, learner, config, context))
         if saving:
-            checkpoints.save(done, learner, exported)
+            checkpoints.save(done, learner, partial(save_dual_encoder, exported, learner.tokenizer))
         if stopping:
             return Outcome(steps=done, finished=False)
         watch.step_ended()
     return Outcome(steps=config.train.steps, finished=True)
 
 
-def make_learner(config: PretrainConfig, source: Source, context: Context) -> tuple[Learner, PairDataset]:
+def make_learner(config: PretrainConfig, source: Source, context: Context) -> tuple[PairLearner, PairDataset]:
     """Model, engine, average and what feeds them, fresh: every rank makes the same from the seed."""
     torch.manual_seed(config.run.seed)
     model, tokenizer = build_dual_encoder(config.model, config.objective, config.data)
@@ -89,11 +92,11 @@ def make_learner(config: PretrainConfig, source: Source, context: Context) -> tu
     engine = make_engine(model.train(), groups, config.optimizer, config.engine, context.device, micro_batch)
     decay = config.optimizer.ema_decay
     average = WeightAverage(engine, decay, context) if decay else None
-    return Learner(model, tokenizer, groups, engine, average), dataset
+    return PairLearner(model, tokenizer, groups, engine, average), dataset
 
 
 def learn(
-    learner: Learner, batch: ImageTextBatch, config: PretrainConfig, context: Context, step: int
+    learner: PairLearner, batch: ImageTextBatch, config: PretrainConfig, context: Context, step: int
 ) -> tuple[Tensor, Outputs]:
     """One forward and backward: this rank's loss (its mean over ranks is the batch's) and embeddings, without graph."""
     objective, seed = config.objective, noise_seed(config.run.seed, step, context.rank)
@@ -121,7 +124,9 @@ def contrastive_loss(outputs: Outputs, batch: ImageTextBatch, objective: Objecti
     return infonce(image_BD, text_BD, scale, keys, label_smoothing=objective.label_smoothing)
 
 
-def evaluated(exported: DualEncoder, learner: Learner, config: PretrainConfig, context: Context) -> Metrics:
+def evaluated(
+    exported: DualEncoder, learner: PairLearner, config: PretrainConfig, context: Context
+) -> Metrics:
     """Retrieval on the test split with the weights that would be saved."""
     started = time.perf_counter()
     model, data = exported.to(context.device), config.data
