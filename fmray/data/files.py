@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,25 +96,19 @@ def open_jsonl(config: JsonlSource, split: Split) -> PictureFiles:
     """
     root = data_folder(config.path)
     listing = root / f"{split}.jsonl"
-    if not listing.is_file():
-        there = some(sorted(path.name for path in root.glob("*.jsonl"))) or "no .jsonl file"
-        raise DataError(f"data.source.path={config.path!r}: holds no {split}.jsonl; there is {there}")
     samples: list[tuple[str, tuple[str, ...]]] = []
     without_caption: list[str] = []
     keys: set[str] = set()
-    with listing.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            row = _json_object(line, f"{listing}:{number}")
-            picture = _value(row, config.image_key, f"{listing}:{number}")
-            if not isinstance(picture, str) or not (root / picture).is_file():
-                raise DataError(f"{listing}:{number}: there is no picture file {picture!r} under {root}")
-            if not row.get(config.caption_key):
-                without_caption.append(str(number))
-                keys |= set(row)
-                continue
-            samples.append((picture, captions_from(row[config.caption_key], f"{listing}:{number}")))
+    for number, row in json_lines(listing, "data.source.path"):
+        where = f"{listing}:{number}"
+        picture = json_value(row, config.image_key, where)
+        if not isinstance(picture, str) or not (root / picture).is_file():
+            raise DataError(f"{where}: there is no picture file {picture!r} under {root}")
+        if not row.get(config.caption_key):
+            without_caption.append(str(number))
+            keys |= set(row)
+            continue
+        samples.append((picture, captions_from(row[config.caption_key], where)))
     if without_caption:
         missing = f"{len(without_caption)} lines have no caption under '{config.caption_key}'"
         raise DataError(
@@ -122,6 +117,18 @@ def open_jsonl(config: JsonlSource, split: Split) -> PictureFiles:
     if not samples:
         raise DataError(f"{listing}: is empty")
     return PictureFiles(root, tuple(samples))
+
+
+def json_lines(listing: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and object of each line that is not blank; raises DataError where there is no such file or no object."""
+    folder = listing.parent
+    if not listing.is_file():
+        there = some(sorted(path.name for path in folder.glob("*.jsonl"))) or "no .jsonl file"
+        raise DataError(f"{key}={str(folder)!r}: holds no {listing.name}; there is {there}")
+    with listing.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, _json_object(line, f"{listing}:{number}")
 
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
@@ -134,7 +141,8 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _value(row: dict[str, Any], key: str, where: str) -> Any:
+def json_value(row: dict[str, Any], key: str, where: str) -> Any:
+    """The value of a key; raises DataError that names the keys there are."""
     if key not in row:
         raise DataError(f"{where}: has no key '{key}'; there are {some(sorted(row))}")
     return row[key]

@@ -42,16 +42,8 @@ def open_hub(config: HubSource, split: Split) -> HubRows:
     Raises DataError where it cannot be loaded (offline, unknown, no such split) or lacks a column.
     """
     wanted = config.train_split if split == "train" else config.test_split
-    try:
-        loaded = _load(config, wanted)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"data.source.path={config.path!r}: split '{wanted}' cannot be loaded ({said})"
-        ) from None
+    loaded = load_split(config.path, config.config_name, wanted, key="data.source.path")
     require_columns(config, loaded.column_names, config.path)
-    if not len(loaded):
-        raise DataError(f"data.source.path={config.path!r}: split '{wanted}' has no rows")
     rows = loaded.select_columns([config.image_column, config.caption_column])
     if isinstance(rows.features[config.image_column], datasets.Image):
         rows = rows.cast_column(
@@ -60,10 +52,22 @@ def open_hub(config: HubSource, split: Split) -> HubRows:
     return HubRows(f"{config.path}[{wanted}]", rows, config.image_column, config.caption_column)
 
 
-def _load(config: HubSource, wanted: str) -> Any:
-    folder = Path(config.path).expanduser()
+def load_split(path: str, config_name: str | None, wanted: str, *, key: str) -> Any:
+    """One split of a dataset with at least one row; raises DataError that names `key` and the path."""
+    try:
+        loaded = _load(path, config_name, wanted)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise DataError(f"{key}={path!r}: split '{wanted}' cannot be loaded ({said})") from None
+    if not len(loaded):
+        raise DataError(f"{key}={path!r}: split '{wanted}' has no rows")
+    return loaded
+
+
+def _load(path: str, config_name: str | None, wanted: str) -> Any:
+    folder = Path(path).expanduser()
     if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
-        return datasets.load_dataset(config.path, config.config_name, split=wanted)
+        return datasets.load_dataset(path, config_name, split=wanted)
     saved = datasets.load_from_disk(str(folder))
     splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     base = re.split(r"[\[(]", wanted)[0]

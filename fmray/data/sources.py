@@ -68,21 +68,21 @@ def open_source(config: SourceConfig, split: Split) -> Source:
 # ------------------------------------------------------------------------------------------ shared checks
 
 
-def data_folder(path: str) -> Path:
-    """The folder that `data.source.path` names; `asset:groceries` is a pinned asset. Raises DataError."""
+def data_folder(path: str, key: str = "data.source.path") -> Path:
+    """The folder that a key names; `asset:groceries` is a pinned asset. Raises DataError."""
     if path.startswith("asset:"):
         return fetch(path.removeprefix("asset:"))
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise DataError(f"data.source.path={path!r}: is a file; name the folder that holds the data")
+        raise DataError(f"{key}={path!r}: is a file; name the folder that holds the data")
     beside = (
         [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if folder.parent.is_dir() else []
     )
     close = difflib.get_close_matches(folder.name, beside, n=1)
     hint = f"; did you mean {str(folder.parent / close[0])!r}?" if close else ""
-    raise DataError(f"data.source.path={path!r}: no such folder{hint}")
+    raise DataError(f"{key}={path!r}: no such folder{hint}")
 
 
 def split_files(folder: Path, split: Split, suffix: str) -> list[Path]:
