@@ -104,6 +104,13 @@ class KlConfig(Section):
     horizon: Annotated[int, Field(ge=1)] = 10_000
     """Samples over which the coefficient adapts."""
 
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> Self:
+        if self.place == "loss" and self.estimator == "k1":
+            cure = "its gradient in the loss is zero on average: use k2 or k3, or ppo.kl.place=reward"
+            raise ConfigError("ppo.kl.estimator", "k1", cure)
+        return self
+
 
 class PpoConfig(Section):
     """The arithmetic of learning."""

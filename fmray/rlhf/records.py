@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -87,28 +87,32 @@ class Rollouts:
         }
         return replace(self, **moved)
 
+    def padded_to(self, prompt: int, response: int) -> Self:
+        """The same samples with wider padding: prompts to the left, responses to the right."""
+        left = prompt - self.prompt_ids_BP.shape[1]
+        return replace(
+            self,
+            prompt_ids_BP=torch.nn.functional.pad(self.prompt_ids_BP, (left, 0)),
+            prompt_mask_BP=torch.nn.functional.pad(self.prompt_mask_BP, (left, 0)),
+            response_ids_BT=pad_right(self.response_ids_BT, response),
+            mask_BT=pad_right(self.mask_BT, response),
+            rollout_logp_BT=pad_right(self.rollout_logp_BT, response),
+        )
+
     @classmethod
     def together(cls, parts: Sequence[Rollouts]) -> Rollouts:
-        """One batch of several, padded to the longest: prompts to the left, responses to the right."""
-        prompt, response = (
-            max(p.prompt_ids_BP.shape[1] for p in parts),
-            max(p.response_ids_BT.shape[1] for p in parts),
-        )
-        left, right = {"prompt_ids_BP", "prompt_mask_BP"}, {"response_ids_BT", "mask_BT", "rollout_logp_BT"}
-
-        def joined(name: str) -> Tensor | tuple[str, ...] | None:
-            values = [getattr(part, name) for part in parts]
-            if values[0] is None:
-                return None
-            if isinstance(values[0], tuple):
-                return tuple(text for value in values for text in value)
-            if name in left:
-                values = [torch.nn.functional.pad(v, (prompt - v.shape[1], 0)) for v in values]
-            if name in right:
-                values = [pad_right(v, response) for v in values]
-            return torch.cat(values)
-
-        return cls(**{field.name: joined(field.name) for field in fields(cls)})  # type: ignore[arg-type]
+        """One batch of several, padded to the longest."""
+        prompt = max(part.prompt_ids_BP.shape[1] for part in parts)
+        response = max(part.response_ids_BT.shape[1] for part in parts)
+        padded = [part.padded_to(prompt, response) for part in parts]
+        joined: dict[str, Any] = {}
+        for field in fields(cls):
+            values = [getattr(part, field.name) for part in padded]
+            if isinstance(values[0], Tensor):
+                joined[field.name] = torch.cat(values)
+            elif isinstance(values[0], tuple):
+                joined[field.name] = tuple(text for texts in values for text in texts)
+        return cls(**joined)
 
 
 def pad_right(values_BT: Tensor, length: int) -> Tensor:
@@ -127,3 +131,11 @@ class Scores:
     """float32 [B]; NaN where the sample could not be scored."""
     failures: tuple[str, ...] = ()
     """A line for each NaN."""
+
+
+class Scorer(Protocol):
+    """The role of a reward: what judges answers."""
+
+    def score(self, rollouts: Rollouts) -> Scores:
+        """The raw score of each sample, in their order."""
+        ...

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fmray.config.schema import RuntimeConfig
 from fmray.errors import ResourceError
+from fmray.runtime.metrics import ShowsSamples
 from fmray.runtime.pool import LocalPools, PoolPlan, Pools
 from fmray.runtime.run_folder import RunFolder
 from fmray.types import Metrics
@@ -69,6 +70,10 @@ class Context(Protocol):
         """Tell the reporters; rank 0's numbers count, every rank calls."""
         ...
 
+    def show_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Tell the reporters that take texts; rank 0's rows count."""
+        ...
+
     def stop_requested(self) -> bool:
         """Whether the run should save and end; the same answer on every rank."""
         ...
@@ -116,6 +121,12 @@ class WorkerContext:
     def report(self, step: int, metrics: Metrics) -> None:
         for tell in self.reporters:
             tell(step, metrics)
+
+    def show_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        if self.rank == 0 and rows:
+            for tell in self.reporters:
+                if isinstance(tell, ShowsSamples):
+                    tell.show_samples(step, rows)
 
     def stop_requested(self) -> bool:
         asked = torch.tensor([float(self.rank == 0 and self.stop_flag())], device=self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -28,11 +28,58 @@ METRICS: dict[str, str] = {
     "time/step": "Seconds of the step, waiting for data included.",
     "time/data": "Seconds the step waited for data.",
     "time/evaluate": "Seconds of an evaluation.",
+    "time/act": "Seconds the rank waited for rollouts.",
+    "time/judge": "Seconds it waited, after that, for reference and rewards.",
+    "time/credit": "Seconds of the learner's own forward passes and of the advantages.",
+    "time/learn": "Seconds of the optimizer steps.",
+    "time/refresh": "Seconds of publishing the weights and loading them in every replica.",
+    "train/samples_per_second": "Samples of an iteration over its time.",
+    "train/tokens_per_second": "Response tokens of an iteration over its time.",
+    "ppo/kl": "KL to the reference policy of a whole answer, in nats, mean over samples.",
+    "ppo/kl_coefficient": "Weight of the KL penalty.",
+    "ppo/score": "Combined reward of a sample, after the missing-EOS rule.",
+    "ppo/rlhf_reward": "Combined reward minus the KL penalty.",
+    "ppo/entropy": "Entropy of the policy at a response token, in nats.",
+    "ppo/length": "Response tokens of a sample.",
+    "ppo/eos_rate": "Share of samples that ended by themselves.",
+    "ppo/staleness": "Published versions between the weights that made a sample and the learner's, mean.",
+    "ppo/logp_difference": "Mean |learner's - rollout policy's log-probability| of a token, in nats.",
+    "ppo/importance": "Mean importance weight, truncated.",
+    "ppo/importance_truncated": "Share of tokens whose importance weight was truncated.",
+    "ppo/explained_variance": "Share of the returns' variance that the critic foresaw.",
+    "ppo/policy_loss": "Clipped policy loss, mean over tokens and steps.",
+    "ppo/value_loss": "Clipped value loss, mean over tokens and steps.",
+    "ppo/value_clip_fraction": "Share of tokens whose value was clipped.",
+    "ppo/value_error": "Mean squared error of the values.",
+    "ppo/clip_fraction": "Share of tokens whose ratio was clipped.",
+    "ppo/approx_kl": "Half the mean squared change of log-probability since the samples were credited.",
+    "ppo/ratio_mean": "Mean of new over old probability.",
+    "ppo/ratio_var": "Variance of that ratio.",
 }
 """Name in files and trackers → what it means. Prometheus takes `fmray_` + the name with underscores; in Ray, Ray's exporter puts
-`ray_` before that. Every `eval/…` value is a sample of the gauge `fmray_eval` with the label `metric`."""
+`ray_` before that."""
 
 EVALUATION = "eval/"
+
+FAMILIES: dict[str, tuple[str, str]] = {
+    EVALUATION: ("fmray_eval", "A measure of the last evaluation."),
+    "reward/": ("fmray_reward", "A reward of the last iteration: raw and normalised means and deviations."),
+}
+"""Names that a configuration makes: every `eval/…` value is a sample of the gauge `fmray_eval` with the label `metric`."""
+
+
+def family_of(name: str) -> str | None:
+    """The prefix of a family that the name belongs to, if any."""
+    return next((prefix for prefix in FAMILIES if name.startswith(prefix)), None)
+
+
+@runtime_checkable
+class ShowsSamples(Protocol):
+    """A reporter that also takes tables of sample texts."""
+
+    def show_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Rows with the same keys: texts and numbers."""
+        ...
 
 
 def prometheus_name(name: str) -> str:
@@ -55,6 +102,11 @@ class FileReporter:
         else:  # object stores cannot append
             before = self._folder.read_text("metrics.jsonl") if self._folder.exists("metrics.jsonl") else ""
             self._folder.write_text(f"{before}{line}\n", "metrics.jsonl")
+
+    def show_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """`samples/step-00000010.json`: a list of rows."""
+        text = json.dumps(rows, indent=1, ensure_ascii=False)
+        self._folder.write_text(text + "\n", "samples", f"step-{step:08d}.json")
 
 
 def drop_reports_after(folder: RunFolder, step: int) -> None:
@@ -82,6 +134,14 @@ class TensorBoardReporter:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def show_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """The rows as a Markdown table."""
+        columns = list(rows[0])
+        lines = [columns, ["---"] * len(columns)]
+        lines += [[str(row[name]).replace("|", "\\|").replace("\n", " ") for name in columns] for row in rows]
+        self._writer.add_text("samples", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+        self._writer.flush()
+
 
 class WandbReporter:
     """Weights & Biases, online or into <run>/wandb."""
@@ -96,6 +156,13 @@ class WandbReporter:
 
     def __call__(self, step: int, metrics: Metrics) -> None:
         self._run.log(metrics, step=step)
+
+    def show_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """The rows as a W&B table."""
+        import wandb
+
+        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self._run.log({"samples": table}, step=step)
 
 
 class MlflowReporter:
@@ -115,6 +182,10 @@ class MlflowReporter:
         safe = {name.replace("@", "_at_"): value for name, value in metrics.items()}
         self._mlflow.log_metrics(safe, step=step)
 
+    def show_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """The rows as a JSON artifact."""
+        self._mlflow.log_dict({"rows": rows}, f"samples/step-{step:08d}.json")
+
 
 class PrometheusReporter:
     """Local mode's own exporter on a port."""
@@ -126,7 +197,10 @@ class PrometheusReporter:
         self._gauges = {
             name: Gauge(prometheus_name(name), doc, registry=registry) for name, doc in METRICS.items()
         }
-        self._eval = Gauge("fmray_eval", "A measure of the last evaluation.", ["metric"], registry=registry)
+        self._families = {
+            prefix: Gauge(name, doc, ["metric"], registry=registry)
+            for prefix, (name, doc) in FAMILIES.items()
+        }
         self._step = Gauge("fmray_step", "Optimizer steps done.", registry=registry)
         try:
             self._server = start_http_server(port, registry=registry)
@@ -138,10 +212,22 @@ class PrometheusReporter:
     def __call__(self, step: int, metrics: Metrics) -> None:
         self._step.set(step)
         for name, value in metrics.items():
-            if name.startswith(EVALUATION):
-                self._eval.labels(metric=name.removeprefix(EVALUATION)).set(value)
+            if (family := family_of(name)) is not None:
+                self._families[family].labels(metric=name.removeprefix(family)).set(value)
             else:
                 self._gauges[name].set(value)
+
+
+SHOWN = {
+    "train/loss": "loss {:.3f}",
+    "ppo/score": "score {:.3f}",
+    "ppo/kl": "kl {:.2f}",
+    "train/images_per_second": "{:.0f} images/s",
+    "train/samples_per_second": "{:.1f} samples/s",
+}
+"""What stands behind the progress bar."""
+HEADLINES = ("/r1", "/r5", "eval/score", "eval/kl", "eval/accuracy")
+"""Endings of the evaluation metrics that are printed as they come."""
 
 
 class ProgressBar:
@@ -152,13 +238,13 @@ class ProgressBar:
 
     def __call__(self, step: int, metrics: Metrics) -> None:
         self._bar.update(step - self._bar.n)
-        if "train/loss" in metrics:
-            speed = metrics["train/images_per_second"]
-            self._bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}, {speed:.0f} images/s")
-        found = {name: value for name, value in metrics.items() if name.endswith(("/r1", "/r5"))}
+        shown = [form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics]
+        if shown:
+            self._bar.set_postfix_str(", ".join(shown))
+        found = {name: value for name, value in metrics.items() if name.endswith(HEADLINES)}
         if found:
-            shown = "  ".join(f"{name.removeprefix(EVALUATION)} {value:.3f}" for name, value in found.items())
-            self._bar.write(f"step {step}: {shown}")
+            line = "  ".join(f"{name.removeprefix(EVALUATION)} {value:.3f}" for name, value in found.items())
+            self._bar.write(f"step {step}: {line}")
 
     def close(self) -> None:
         """Leave the line as it stands."""

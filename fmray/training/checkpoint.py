@@ -177,8 +177,8 @@ class Checkpoints:
         with self._local_copy(choice) as folder:
             step = int(json.loads((folder / "state" / "trainer.json").read_text(encoding="utf-8"))["step"])
             _load_tensors(folder / "state", learner)
+            learner.engine.load_step(step)
             learner.recall(_memories(folder / "state"))
-        learner.engine.load_step(step)
         self._forget_reports(after=step)
         return step
 

@@ -1,0 +1,165 @@
+"""Who is asked: the rollout policy and the reference, each in a pool of its own. (The rewards' roles are in `scorers`.)
+
+A role holds no random state: its answer is a function of the weights that the request names and of the request.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from fmray.config.rlhf import RlhfConfig
+from fmray.errors import PoolError
+from fmray.models.decoding.generate import Sampling, generate, make_decoder
+from fmray.models.language import open_language_model, response_logits, response_states
+from fmray.rlhf.actor_critic import prepare_policy
+from fmray.rlhf.losses import token_logp
+from fmray.rlhf.records import RolloutRequest, Rollouts
+from fmray.rlhf.scorers import build_scorer
+from fmray.runtime.pool import Place, PoolPlan, RoleSpec
+from fmray.runtime.weights import bucket_checksum, combined_checksum
+
+ROLLOUT, REFERENCE = "rollout", "reference"
+
+
+def reward_pool(name: str) -> str:
+    """The name of a reward's pool."""
+    return f"reward.{name}"
+
+
+def pool_plan(config: RlhfConfig) -> PoolPlan:
+    """The pools of a run: rollout policy, reference, and one for each reward."""
+    roles = [RoleSpec(ROLLOUT, RolloutPolicy, config, config.rollout.pool)]
+    if config.reference.kind == "pool":
+        roles.append(RoleSpec(REFERENCE, ReferencePolicy, config, config.reference.pool))
+    roles += [
+        RoleSpec(reward_pool(name), build_scorer, reward, reward.pool)
+        for name, reward in config.rewards.items()
+    ]
+    return PoolPlan(tuple(roles), keep_versions=config.rollout.max_staleness + 1)
+
+
+class RolloutPolicy:
+    """Samples answers with exactly the weights that a request names, loading them when it holds others."""
+
+    def __init__(self, config: RlhfConfig, place: Place) -> None:
+        language = open_language_model(config.policy.source, "policy.source")
+        self._rollout = config.rollout
+        self._weights = place.weights
+        self._device = place.device
+        self._tokenizer = language.tokenizer
+        self._eos = language.eos_id
+        self._model = prepare_policy(language.model, config).to(place.device)
+        self._parameters = dict(self._model.named_parameters())
+        self._decoder = make_decoder(self._model, config.rollout.precision)
+        self._version: int | None = None
+        if (newest := place.weights.newest()) is not None:
+            self.load(newest)  # rebuilt in the middle of a run
+
+    def load(self, version: int) -> int:
+        """Take a published version; returns its checksum, computed over what arrived. Raises PoolError where they differ."""
+        published, buckets = self._weights.fetch(version)
+        checksums = []
+        for bucket in buckets:
+            checksums.append(bucket_checksum(bucket))
+            for name, tensor in bucket.items():
+                self._parameters[name].data.copy_(tensor)
+        if (found := combined_checksum(checksums)) != published.checksum:
+            raise PoolError(
+                f"pool '{ROLLOUT}': weights of version {version} arrived altered: their checksum is {found:016x}, "
+                f"published was {published.checksum:016x}"
+            )
+        self._decoder.refresh()
+        self._version = version
+        return found
+
+    def generate(self, request: RolloutRequest) -> Rollouts:
+        """One answer for each sample of the request."""
+        if self._version != request.version:
+            self.load(request.version)
+        first_of = {prompt: row for row, prompt in reversed(list(enumerate(request.prompts)))}
+        order = list(first_of)
+        prompt_of_B = torch.tensor([order.index(prompt) for prompt in request.prompts])
+        ids_NP, mask_NP = left_padded([request.prompt_ids[first_of[prompt]] for prompt in order])
+        sample_ids_B = torch.tensor(request.sample_ids)
+        rollout = self._rollout
+        pad = self._tokenizer.pad_token_id
+        sampling = Sampling(
+            max_new_tokens=rollout.max_new_tokens,
+            eos_id=self._eos,
+            pad_id=self._eos if pad is None else int(pad),
+            temperature=rollout.temperature,
+            seed=request.seed,
+        )
+        device = self._device
+        made = generate(
+            self._decoder,
+            ids_NP.to(device),
+            mask_NP.to(device),
+            sample_ids_B.to(device),
+            prompt_of_B.to(device),
+            sampling,
+        )
+        ids_BT, mask_BT = made.ids_BT.cpu(), made.mask_BT.cpu()
+        texts = self._tokenizer.batch_decode(
+            [ids[mask.bool()].tolist() for ids, mask in zip(ids_BT, mask_BT, strict=True)],
+            skip_special_tokens=True,
+        )
+        return Rollouts(
+            sample_id_B=sample_ids_B,
+            prompt_B=torch.tensor(request.prompts),
+            version_B=torch.full_like(sample_ids_B, request.version),
+            prompt_ids_BP=ids_NP[prompt_of_B],
+            prompt_mask_BP=mask_NP[prompt_of_B],
+            response_ids_BT=ids_BT,
+            mask_BT=mask_BT.float(),
+            rollout_logp_BT=made.logp_BT.cpu(),
+            ended_B=made.ended_B.cpu(),
+            prompts=request.texts,
+            responses=tuple(texts),
+            pixels_BCHW=request.pixels_BCHW,
+        )
+
+
+class ReferencePolicy:
+    """The frozen model that the policy is held to."""
+
+    def __init__(self, config: RlhfConfig, place: Place) -> None:
+        source = config.reference.source or config.policy.source
+        self._model = open_language_model(source, "reference.source").model.to(place.device)
+        self._device = place.device
+        self._precision = config.reference.precision
+        self._temperature = config.rollout.temperature
+        self._shared_prompts = config.rollout.samples_per_prompt > 1
+
+    def logp(self, rollouts: Rollouts) -> Tensor:
+        """Its log-probabilities of the answers' tokens, float32 [B, T], 0 at padding."""
+        batch, real_BT = rollouts.on(self._device), rollouts.mask_BT.bool()
+        bf16 = torch.autocast(self._device.type, torch.bfloat16)
+        with torch.inference_mode(), bf16 if self._precision == "bf16" else nullcontext():
+            states_BTD = response_states(
+                self._model,
+                batch.prompt_ids_BP,
+                batch.prompt_mask_BP,
+                batch.response_ids_BT,
+                batch.mask_BT,
+                shared_prompts=self._shared_prompts,
+            )
+            states_ND = states_BTD[batch.mask_BT.bool()]
+            logits_1NV = response_logits(self._model, states_ND).unsqueeze(0)
+            ids_1N = batch.response_ids_BT[batch.mask_BT.bool()].unsqueeze(0)
+            logp_N = token_logp(logits_1NV, ids_1N, self._temperature)[0]
+        return torch.zeros(real_BT.shape).masked_scatter(real_BT, logp_N.cpu())
+
+
+def left_padded(rows: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Token ids [N, P] with zeros to the left, and the mask that tells which are real."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        ids[row, longest - len(tokens) :] = torch.tensor(tokens)
+        mask[row, longest - len(tokens) :] = 1
+    return ids, mask

@@ -1,0 +1,104 @@
+"""Tiny language models with a tokenizer of their own and a small set of prompts, so that whole PPO runs need no download."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from fmray.models.language import save_language_model
+
+SUBJECTS = ("the dog", "a cat", "my old friend", "the small bird", "our teacher", "that king")
+VERBS = ("likes", "hates", "sees", "wants", "remembers")
+OBJECTS = ("the sea", "good food", "bad films", "a long story", "the red house", "winter", "music")
+TEXTS = [f"{s} {v} {o}" for s in SUBJECTS for v in VERBS for o in OBJECTS]
+
+
+def make_tokenizer(*, ends: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 256 + a few merges: <pad> 0, </s> 1, <unk> 2; `ends` puts </s> behind each text, as T5's does."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(TEXTS, BpeTrainer(vocab_size=120, special_tokens=special))
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tiny_t5(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A gated T5 with an untied head, dropout 0.1 as T5 ships it."""
+    tokenizer = make_tokenizer(ends=True)
+    torch.manual_seed(seed)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
+    config = T5Config(
+        **{**sizes, **changes},
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(128, config.d_model) * 0.2)
+    return _save(model, tokenizer, folder)
+
+
+def tiny_gpt2(folder: Path, seed: int = 0) -> Path:
+    """A GPT-2 with tied embeddings, dropout 0.1 as GPT-2 ships it."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=128, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1
+    )
+    return _save(GPT2LMHeadModel(config), make_tokenizer(ends=False), folder)
+
+
+def tiny_llama(folder: Path, seed: int = 0) -> Path:
+    """A Llama with grouped queries and tied embeddings."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+    )
+    return _save(LlamaForCausalLM(config), make_tokenizer(ends=False), folder)
+
+
+def _save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    save_language_model(model, weights, tokenizer, folder)
+    return folder
+
+
+def write_prompts(folder: Path) -> Path:
+    """`train.jsonl` and `test.jsonl` of beginnings: "the dog likes"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    beginnings = [f"{s} {v}" for s in SUBJECTS for v in VERBS]
+    for split, texts in {"train": beginnings[:24], "test": beginnings[24:]}.items():
+        lines = [json.dumps({"prompt": text}) for text in texts]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
