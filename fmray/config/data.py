@@ -87,7 +87,7 @@ class WebDatasetSource(Section):
 
 def source_kind(value: Any) -> str:
     """The `kind` of a source given as keys or as a section; the emoji pairs where it is not said."""
-    return str(value.get("kind", "emoji") if isinstance(value, dict) else value.kind)
+    return str(value.get("kind", "emoji") if isinstance(value, dict) else getattr(value, "kind", ""))
 
 
 SourceConfig = Annotated[

@@ -7,19 +7,22 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import tomllib
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fmray.config.schema import SOURCE_KINDS, Section, source_kind
+from fmray.config.base import Section
+from fmray.config.help import describe
+from fmray.config.prompts import PROMPT_KINDS
+from fmray.config.rewards import KEPT_BY_EVERY_KIND, REWARD_KINDS
+from fmray.config.schema import SOURCE_KINDS
+from fmray.config.shapes import kinds_of, sections_in, walk
 from fmray.errors import ConfigError
 
 Root = TypeVar("Root", bound=Section)
@@ -142,10 +145,19 @@ def _number(text: str) -> str | float:
         return text
 
 
+KINDS: tuple[tuple[Sequence[str], Sequence[str]], ...] = (
+    (SOURCE_KINDS, ()),
+    (PROMPT_KINDS, ()),
+    (REWARD_KINDS, KEPT_BY_EVERY_KIND),
+)
+"""Sections that come in kinds, and their keys that mean the same in each."""
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, section by section. Another kind of source replaces its section: its keys are others'."""
-    if over.get("kind") in SOURCE_KINDS and base.get("kind", over["kind"]) != over["kind"]:
-        return dict(over)
+    """`over` laid on `base`, section by section. Another kind replaces its section but for the keys that every kind has."""
+    for kinds, kept in KINDS:
+        if over.get("kind") in kinds and base.get("kind", over["kind"]) in {*kinds} - {over["kind"]}:
+            base = {key: base[key] for key in kept if key in base}
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -171,22 +183,17 @@ def _explain(root: type[BaseModel], error: ValidationError) -> ConfigError:
 
 
 def _finding(root: type[BaseModel], detail: ErrorDetails) -> tuple[str, object, str]:
+    path, annotation = walk(root, detail["loc"])
+    key, value = ".".join(path), detail["input"]
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
-        return cause.key, cause.value, cause.cure
-    location = [str(part) for part in detail["loc"] if str(part) not in SOURCE_KINDS and part != "[key]"]
-    key = ".".join(
-        part for part in location if not part.startswith(("constrained-", "function-", "tuple[", "literal["))
-    )
-    value = detail["input"]
+        return _located(cause.key, path), cause.value, cause.cure
     if detail["type"] == "union_tag_invalid":
-        wanted = source_kind(value)
-        return f"{key}.kind", wanted, f"must be one of {', '.join(SOURCE_KINDS)}{_near(wanted, SOURCE_KINDS)}"
+        return _wrong_kind(key, value, kinds_of(annotation))
     if detail["type"] == "extra_forbidden":
-        owner = _section_at(root, detail["loc"][:-1])
-        known = list(owner.model_fields) if owner else []
-        prefix = key.rpartition(".")[0]
-        near = _near(location[-1], known, prefix)
+        owners = sections_in(walk(root, detail["loc"][:-1])[1])
+        known = list(owners[0].model_fields) if owners else []
+        near = _near(path[-1], known, ".".join(path[:-1]))
         return key, value, f"unknown key{near}" + ("" if near else f"; there are: {', '.join(known)}")
     if detail["type"] == "missing":
         return key, None, f"is required; write {key}=…"
@@ -199,123 +206,25 @@ def _finding(root: type[BaseModel], detail: ErrorDetails) -> tuple[str, object, 
     return key, value, message[0].lower() + message[1:]
 
 
+def _located(key: str, path: Sequence[str]) -> str:
+    """A key of a section that has a name of the user's, `rewards.*.min_tokens`, with that name."""
+    parts = key.split(".")
+    return ".".join(path[i] if part == "*" and i < len(path) else part for i, part in enumerate(parts))
+
+
+def _wrong_kind(key: str, value: object, kinds: Sequence[str]) -> tuple[str, object, str]:
+    choices = f"one of {', '.join(kinds)}"
+    if not isinstance(value, Mapping):
+        return key, value, f"is a section of keys; its kind is {choices} ({key}.kind=…)"
+    if "kind" not in value:
+        return f"{key}.kind", None, f"is required; write {key}.kind=… with {choices}"
+    kind = str(value["kind"])
+    return f"{key}.kind", kind, f"must be {choices}{_near(kind, kinds)}"
+
+
 def _near(word: str, known: Sequence[str] | Mapping[str, Any], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {prefix + '.' if prefix else ''}{close[0]}?" if close else ""
-
-
-def _section_at(root: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel] | None:
-    """The section class that a location of pydantic's points into."""
-    current: type[BaseModel] | None = root
-    for part in location:
-        if current is None:
-            return None
-        field = current.model_fields.get(str(part))
-        if field is None:
-            continue  # a tag of a discriminated union, or a key of a mapping: it has led to its class already
-        current = _class_in(field.annotation, location)
-    return current
-
-
-def _class_in(annotation: object, location: Sequence[int | str]) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Annotated, dict):
-        return _class_in(arguments[0 if origin is Annotated else 1], location)
-    if origin in (Union, types.UnionType):
-        classes = [found for argument in arguments if (found := _class_in(argument, location))]
-        tagged = [
-            c for c in classes if "kind" in c.model_fields and c.model_fields["kind"].default in location
-        ]
-        return next(iter(tagged or classes), None)
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------- help and dump
-
-
-def describe(root: type[Root], recipes: Recipes[Root], door: str) -> str:
-    """The text of `--help`: usage, recipes, every key with its type, default and doc."""
-    lines = [
-        f"usage: {door} [--recipe NAME] [--config FILE] [key=value …]",
-        "",
-        " ".join((root.__doc__ or "").split()),
-        "A file (YAML, TOML, JSON) lies over the recipe, key=value over both.",
-        "",
-    ]
-    if recipes:
-        lines.append("recipes:")
-        lines += [f"  {name:<16}{' '.join((make.__doc__ or '').split())}" for name, make in recipes.items()]
-        lines.append("")
-    lines.append("keys:")
-    lines += _describe_section(root, "")
-    return "\n".join(lines)
-
-
-def _describe_section(section: type[BaseModel], prefix: str) -> list[str]:
-    lines = []
-    for name, field in section.model_fields.items():
-        key, doc = prefix + name, " ".join((field.description or "").split())
-        inner = field.annotation
-        classes = _classes_in(inner)
-        if len(classes) == 1 and classes[0] is inner:
-            lines += _describe_section(classes[0], key + ".")
-            continue
-        if len(classes) > 1:
-            for choice in classes:
-                kind = choice.model_fields["kind"].default
-                lines.append(f"  {key}.kind={kind}  {' '.join((choice.__doc__ or '').split())}")
-                lines += [line for line in _describe_section(choice, f"{key}.") if f"{key}.kind" not in line]
-            continue
-        if len(classes) == 1:
-            lines += [f"  {key}.<{'|'.join(_literals(inner))}>  {doc}"]
-            lines += _describe_section(classes[0], f"{key}.<part>.")
-            continue
-        value = field.default_factory() if field.default_factory else field.default  # type: ignore[call-arg]
-        default = "required" if field.is_required() else f"default {_plain(value)}"
-        lines += [f"  {key}  ({_type_name(inner)}; {default})", f"      {doc}"]
-    return lines
-
-
-def _classes_in(annotation: object) -> list[type[BaseModel]]:
-    """The sections that an annotation may hold: itself, a union's, a mapping's."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for argument in get_args(annotation) for found in _classes_in(argument)]
-
-
-def _literals(annotation: object) -> list[str]:
-    return [
-        str(value)
-        for argument in get_args(annotation)
-        if get_origin(argument) is Literal
-        for value in get_args(argument)
-    ]
-
-
-def _plain(value: object) -> str:
-    return (
-        json.dumps(value) if isinstance(value, str | int | float | bool | list | tuple | dict) else str(value)
-    )
-
-
-def _type_name(annotation: object) -> str:
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return " | ".join(map(str, get_args(annotation)))
-    if origin is Annotated:
-        return _type_name(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return " | ".join(_type_name(argument) for argument in get_args(annotation))
-    if origin is tuple:
-        arguments = get_args(annotation)
-        if arguments[-1] is Ellipsis:
-            return f"list of {_type_name(arguments[0])}"
-        return "[" + ", ".join(map(_type_name, arguments)) + "]"
-    if annotation is type(None):
-        return "null"
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def dump_json(config: Section) -> str:

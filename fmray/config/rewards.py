@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from fmray.config.base import Section
 from fmray.config.pools import PoolConfig
+from fmray.errors import ConfigError
 
 
 class RewardBase(Section):
@@ -20,7 +21,7 @@ class RewardBase(Section):
     clip: Annotated[float, Field(gt=0)] | None = 5.0
     """Largest absolute value after normalisation; None: no limit."""
     text: Literal["response", "prompt_and_response"] = "response"
-    """What is scored."""
+    """What is scored; a space stands between prompt and response where neither brings one. Rules read the response alone."""
     pool: PoolConfig = PoolConfig()
     """Where it runs."""
     failure_budget: Annotated[int, Field(ge=0)] = 0
@@ -36,7 +37,7 @@ class ClassifierReward(RewardBase):
     label: str | int = 1
     """The label, by name or number."""
     output: Literal["logit", "margin", "log_probability", "probability"] = "margin"
-    """`margin`: its logit minus the log-sum of the others'; a model with one output is read as it is."""
+    """`margin`: its logit minus the log-sum-exp of the others'; a model with one output is read as it is."""
     max_tokens: Annotated[int, Field(ge=1)] = 256
     """Longer texts lose their beginning."""
     batch_size: Annotated[int, Field(ge=1)] = 64
@@ -44,7 +45,7 @@ class ClassifierReward(RewardBase):
 
 
 class GrammarReward(RewardBase):
-    """A grammar-edit tagger: mean log P(keep) over the words; 0 is a text without anything to mend."""
+    """A grammar-edit tagger: mean log P(keep) over the words; 0: nothing to mend. Empty: -log of the number of tags."""
 
     kind: Literal["grammar"] = "grammar"
     source: str = "asset:grammar_tagger"
@@ -58,7 +59,7 @@ class GrammarReward(RewardBase):
 
 
 class LikelihoodReward(RewardBase):
-    """A causal language model's mean log-likelihood per token of the text: fluency."""
+    """A causal language model's mean log-likelihood per token of the text: fluency. Empty: -log of the vocabulary."""
 
     kind: Literal["likelihood"] = "likelihood"
     source: str = "asset:smollm2_135m"
@@ -70,7 +71,7 @@ class LikelihoodReward(RewardBase):
 
 
 class LengthReward(RewardBase):
-    """A rule: 0 inside [min, max] tokens of the response, minus the distance outside, over `scale`."""
+    """A rule: 0 inside [min, max] tokens of the response, EOS not counted; outside minus the distance, over `scale`."""
 
     kind: Literal["length"] = "length"
     min_tokens: Annotated[int, Field(ge=0)] = 8
@@ -80,6 +81,14 @@ class LengthReward(RewardBase):
     scale: Annotated[float, Field(gt=0)] = 8.0
     """Tokens outside that cost 1."""
     pool: PoolConfig = PoolConfig(replicas=0)
+    """Where it runs; by default at the learners."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            cure = f"must not be above max_tokens={self.max_tokens}"
+            raise ConfigError("rewards.*.min_tokens", self.min_tokens, cure)
+        return self
 
 
 class RepetitionReward(RewardBase):
@@ -89,6 +98,7 @@ class RepetitionReward(RewardBase):
     n: Annotated[int, Field(ge=1)] = 2
     """Tokens of an n-gram."""
     pool: PoolConfig = PoolConfig(replicas=0)
+    """Where it runs; by default at the learners."""
 
 
 class CallableReward(RewardBase):
@@ -103,21 +113,21 @@ class HttpReward(RewardBase):
     """A scorer behind HTTP: POST {"texts": […], "prompts": […]} answers {"scores": […]}."""
 
     kind: Literal["http"] = "http"
-    url: str
-    """Where it is asked."""
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")]
+    """Where it is asked, http or https; a redirect is not followed."""
     headers: dict[str, str] = Field(default_factory=dict)
-    """Sent along; `$NAME` stands for an environment variable."""
+    """Sent along; `$NAME` stands for an environment variable of the process that asks."""
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Longest wait for one try."""
     tries: Annotated[int, Field(ge=1)] = 3
-    """Tries before the samples count as failed."""
+    """Tries, with growing pauses, before the samples count as failed; only what may pass (5xx, no answer) is tried again."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Texts in one request."""
 
 
 def reward_kind(value: Any) -> str:
-    """The `kind` of a reward given as keys or as a section."""
-    return str(value.get("kind", "") if isinstance(value, dict) else value.kind)
+    """The `kind` of a reward given as keys or as a section; empty where it has none."""
+    return str(value.get("kind", "") if isinstance(value, dict) else getattr(value, "kind", ""))
 
 
 RewardConfig = Annotated[
@@ -132,3 +142,6 @@ RewardConfig = Annotated[
 ]
 
 REWARD_KINDS = ("classifier", "grammar", "likelihood", "length", "repetition", "python", "http")
+
+KEPT_BY_EVERY_KIND = ("weight", "normalize", "clip", "text", "failure_budget")
+"""Keys that stay when a reward of a recipe is given another kind."""
