@@ -13,6 +13,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fmray"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "jobs").glob("*.py")])
+MATHS = [
+    *(PACKAGE / "objectives").glob("*.py"),
+    *(
+        PACKAGE / "rlhf" / f"{name}.py"
+        for name in ("sums", "kl", "advantages", "credit", "losses", "presets")
+    ),
+]
+"""Pure functions: torch, the standard library, and each other within a room."""
 FOUNDATION = {"errors", "types", "config", "manifest", "assets", "assets_build", "assets_language"}
 
 ROOMS_MAY_IMPORT = {
@@ -30,9 +38,10 @@ ROOMS_MAY_IMPORT = {
     "training": FOUNDATION | {"runtime", "data", "models", "objectives", "evaluation"},
     "evaluation": FOUNDATION | {"runtime", "data", "models"},
     "serving": FOUNDATION | {"runtime", "data", "models"},
+    "rlhf": FOUNDATION | {"runtime", "data", "models", "objectives", "training", "evaluation"},
     "pipeline": FOUNDATION | {"runtime", "data", "models", "objectives", "training", "evaluation", "serving"},
     "benchmarks": FOUNDATION
-    | {"runtime", "data", "models", "objectives", "training", "evaluation", "serving"},
+    | {"runtime", "data", "models", "objectives", "training", "evaluation", "rlhf", "serving"},
 }
 
 
@@ -90,8 +99,9 @@ def test_serving_reaches_ray_through_its_door_alone() -> None:
 
 def test_maths_imports_torch_alone() -> None:
     allowed = set(sys.stdlib_module_names) | {"torch"}
-    for path in (PACKAGE / "objectives").glob("*.py"):
-        others = {module.split(".")[0] for module, _ in imports(path)} - allowed
+    for path in MATHS:
+        own = {f"fmray.{room_of(path)}.{other.stem}" for other in MATHS if room_of(other) == room_of(path)}
+        others = {module for module, _ in imports(path) if module.split(".")[0] not in allowed} - own
         assert not others, f"{path.name} imports {others}"
 
 
