@@ -19,7 +19,13 @@ from tokenizers.models import Unigram
 from torch import Tensor
 from transformers import MobileNetV2Config, MobileNetV2Model, PreTrainedTokenizerFast
 
-from fmray.assets_language import build_flan_t5_small, build_movie_reviews
+from fmray.assets_language import (
+    build_flan_t5_small,
+    build_gpt2_tokenizer,
+    build_grammar_tagger,
+    build_movie_reviews,
+    build_smollm2_135m,
+)
 from fmray.errors import AssetError
 
 
@@ -193,5 +199,8 @@ BUILDERS: dict[str, Callable[[Path, Path], None]] = {
     "multilingual_sentences/1": build_multilingual_sentences,
     "flan_t5_small/1": build_flan_t5_small,
     "movie_reviews/1": build_movie_reviews,
+    "grammar_tagger/1": build_grammar_tagger,
+    "smollm2_135m/1": build_smollm2_135m,
+    "gpt2_tokenizer/1": build_gpt2_tokenizer,
 }
 """By the `build` of `assets.json`; a change of what is written takes a new number."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -99,7 +100,123 @@ def build_grammar_tagger(raw: Path, done: Path) -> None:
     write_tokenizer(Tokenizer.from_file(str(raw / "tokenizer.json")), done, model_max_length=512, **special)
 
 
+# ------------------------------------------------------------------------------------------ decoder-only
+
+
+def build_smollm2_135m(raw: Path, done: Path) -> None:
+    """SmolLM2-135M-Instruct for `LlamaForCausalLM.from_pretrained`, with its tokenizer and chat template.
+
+    In bfloat16, as it was released: that rounds off a sixtieth of what the package's four bits had rounded before.
+    """
+    require_package("gguf", "assets", "building the asset 'smollm2_135m'")
+    from gguf import GGUFReader
+
+    reader = GGUFReader(raw / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
+    tokens = {key: fields[f"tokenizer.ggml.{key}_token_id"] for key in ("bos", "eos", "unknown", "padding")}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": fields["llama.vocab_size"],
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "max_position_embeddings": fields["llama.context_length"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
+        "rms_norm_eps": round(fields["llama.attention.layer_norm_rms_epsilon"], 9),  # a float32 there
+        "tie_word_embeddings": True,
+        "bos_token_id": tokens["bos"],
+        "eos_token_id": tokens["eos"],
+        "pad_token_id": tokens["padding"],
+        "dtype": "bfloat16",
+    }
+    state = read_gguf_llama(reader, *heads)
+    state = {name: value.to(torch.bfloat16) for name, value in state.items()}
+    write_model("smollm2_135m", config, state, {"lm_head.weight"}, done)
+    names = fields["tokenizer.ggml.tokens"]
+    kinds = fields["tokenizer.ggml.token_type"]
+    tokenizer = byte_level_bpe(
+        {name: number for number, name in enumerate(names)},
+        fields["tokenizer.ggml.merges"],
+        special=[name for name, kind in zip(names, kinds, strict=True) if kind == GGUF_CONTROL_TOKEN],
+        digits=True,
+    )
+    words = {"unk": "unknown", "pad": "padding"}
+    special = {f"{key}_token": names[tokens[words.get(key, key)]] for key in ("bos", "eos", "unk", "pad")}
+    template = fields["tokenizer.chat_template"]
+    length = fields["llama.context_length"]
+    write_tokenizer(tokenizer, done, chat_template=template, model_max_length=length, **special)
+
+
+def build_gpt2_tokenizer(raw: Path, done: Path) -> None:
+    """GPT-2's tokenizer for the auto class; its one special token ends, begins and, as is the custom, pads."""
+    vocabulary = json.loads((raw / "encoder.json").read_text(encoding="utf-8"))
+    lines = (raw / "vocab.bpe").read_text(encoding="utf-8").splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    tokenizer = byte_level_bpe(vocabulary, merges, special=["<|endoftext|>"])
+    special = {f"{key}_token": "<|endoftext|>" for key in ("bos", "eos", "unk", "pad")}
+    write_tokenizer(tokenizer, done, model_max_length=1024, **special)
+
+
 # ------------------------------------------------------------------------------------------ formats
+
+GGUF_CONTROL_TOKEN = 3
+"""In `tokenizer.ggml.token_type` (gguf.TokenType.CONTROL)."""
+
+_GGUF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GGUF_REST = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def read_gguf_llama(reader: Any, heads: int, kv_heads: int) -> dict[str, Tensor]:
+    """The tensors of a Llama in a `gguf.GGUFReader`, dequantised to float32, by their names in transformers.
+
+    GGUF's rotary embedding turns neighbouring pairs of a head's rows, transformers' the two halves of a head, so
+    that the rows of queries and keys lie in another order: pair p's rows 2p and 2p + 1 are p and half + p there.
+    """
+    from gguf import dequantize
+
+    state: dict[str, Tensor] = {}
+    for tensor in reader.tensors:
+        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+        part = tensor.name.removesuffix(".weight")
+        if part.startswith("blk."):
+            _, layer, part = part.split(".")
+            name = f"model.layers.{layer}.{_GGUF_LAYER[part]}.weight"
+        else:
+            name = f"{_GGUF_REST[part]}.weight"
+        if part in ("attn_q", "attn_k"):
+            count = heads if part == "attn_q" else kv_heads
+            value = value.view(count, -1, 2, value.shape[1]).transpose(1, 2).flatten(0, 2)
+        state[name] = value
+    return state
+
+
+def byte_level_bpe(
+    vocabulary: dict[str, int], merges: Sequence[str], *, special: Sequence[str], digits: bool = False
+) -> Tokenizer:
+    """GPT-2's kind of tokenizer: byte pairs of any text. `digits`: each digit is a token of its own."""
+    pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
+    tokenizer = Tokenizer(BPE(vocabulary, pairs))
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    single = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([single, bytes_]) if digits else bytes_
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return tokenizer
 
 
 def read_onnx_weights(path: Path) -> dict[str, Tensor]:
