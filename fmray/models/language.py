@@ -185,7 +185,7 @@ def _usual_targets(model: PreTrainedModel, key: str) -> list[str]:
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model answers as if it had no adapter."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "enable_adapters")]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
     for layer in layers:
         layer.enable_adapters(False)
     try:

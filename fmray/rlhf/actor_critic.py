@@ -1,7 +1,7 @@
 """The policy and its critic as one module: what the learner's engine holds, forwards and steps.
 
-One module and one AdamW with a group for each part: the parts share no parameter (or, with a shared trunk, on purpose), so this is
-two optimizers that happen to step together; under ZeRO it is one engine instead of two.
+One module and one AdamW with groups for each part: the parts share no parameter (or, with a shared trunk, on purpose), so these
+are two optimizers that step together; under ZeRO it is one engine instead of two.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def build_actor_critic(config: RlhfConfig) -> tuple[ActorCritic, Language]:
             source = config.critic.source or config.policy.source
             critic = open_language_model(source, "critic.source").model
             if critic.config.vocab_size != policy.config.vocab_size:
-                cure = f"has {critic.config.vocab_size} tokens, the policy {policy.config.vocab_size}: take one of the same tokenizer"
+                sizes = f"has {critic.config.vocab_size} tokens, the policy {policy.config.vocab_size}"
+                cure = f"{sizes}: take one of the same tokenizer"
                 raise ConfigError("critic.source", source, cure)
             critic.requires_grad_(True)
             # it reads states, not words: an output matrix that is not tied to the embeddings would only idle
@@ -126,7 +127,8 @@ def prepare_policy(policy: PreTrainedModel, config: RlhfConfig) -> PreTrainedMod
 
 def learning_groups(module: ActorCritic, config: RlhfConfig) -> list[ParameterGroup]:
     """Parameters that learn, by part and by whether they decay (matrices do, biases and norms do not)."""
-    optimizer, groups = config.optimizer, {}
+    optimizer = config.optimizer
+    groups: dict[tuple[str, float], ParameterGroup] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -1,6 +1,6 @@
 """Act and judge: one rank's part of an iteration's samples, asked of the pools, and everybody's numbers together.
 
-The iteration's prompts are cut into requests by length, the same way for any number of ranks; rank r asks for every world_size-th.
+The iteration's prompts are cut into requests by length, the same way for any number of ranks; rank r asks for its share of them.
 What comes back is shared between the ranks (token ids and scores are kilobytes), so that crediting it needs no communication.
 """
 
@@ -207,7 +207,7 @@ class Crew:
                 name.removeprefix(stem): value for name, value in tensors.items() if name.startswith(stem)
             }
             prompts, responses = (tuple(map(str, _list(row[key]))) for key in ("prompts", "responses"))
-            rollouts = Rollouts(**parts, prompts=prompts, responses=responses)  # type: ignore[arg-type]
+            rollouts = Rollouts(**parts, prompts=prompts, responses=responses)
             self._in_flight.setdefault(iteration, []).append((number, rollouts))
 
 
@@ -231,4 +231,4 @@ def everyones_rollouts(mine: Rollouts, context: Context) -> Rollouts:
     told = [json.loads(text) for text in context.gather_texts(json.dumps([mine.prompts, mine.responses]))]
     prompts = tuple(text for texts, _ in told for text in texts)
     responses = tuple(text for _, texts in told for text in texts)
-    return replace(padded, **gathered, prompts=prompts, responses=responses)  # type: ignore[arg-type]
+    return replace(padded, **gathered, prompts=prompts, responses=responses)

@@ -23,7 +23,7 @@ def train_ppo(config: RlhfConfig, context: Context) -> Outcome:
     if first == 0 and config.train.evaluate_prompts:
         context.report(0, evaluate(learner, 0, context))
 
-    # ------------------------------------------------------------------------------ 2. the iterations; version = iterations learned
+    # ------------------------------------------------------------ 2. the iterations; a version is so many iterations learned
     for iteration in range(first, last):
         watch = Stopwatch()
         crew.ask_ahead(iteration, version=iteration, last=last - 1)

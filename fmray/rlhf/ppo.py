@@ -142,7 +142,7 @@ def micro_batches(rows: Tensor, rollouts: Rollouts, size: int) -> list[Tensor]:
     """The rows in groups of a size, alike in length: less padding, the same result."""
     length_B = rollouts.prompt_mask_BP.sum(1) + rollouts.mask_BT.sum(1)
     by_length = rows[length_B[rows].argsort(stable=True)]
-    return list(by_length.split(size))
+    return list(torch.split(by_length, size))
 
 
 def inputs_of(
@@ -195,7 +195,8 @@ def mini_batches(samples: int, config: RlhfConfig, iteration: int, epoch: int) -
     generator = torch.Generator().manual_seed(
         (config.run.seed * 1_000_003 + iteration) * 1_009 + epoch & (2**62 - 1)
     )
-    yield from torch.randperm(samples, generator=generator).split(config.ppo.mini_batch_size)
+    order_B = torch.randperm(samples, generator=generator)
+    yield from torch.split(order_B, config.ppo.mini_batch_size)
 
 
 def loss_of(
@@ -253,10 +254,7 @@ def loss_of(
         loss, foreseen = loss + rules.value_coefficient * valued.loss, valued.sums
     if rules.token_mean == "micro_batch":
         loss = loss / parts  # as accelerate does where it accumulates
-    if (
-        rules.ratio_threshold is not None
-        and policy_metrics(acted.sums)["ratio_mean"] > rules.ratio_threshold
-    ):
+    if rules.ratio_threshold is not None and policy_metrics(acted.sums)["ratio_mean"] > rules.ratio_threshold:
         loss = loss * 0.0
     return loss, (acted.sums, foreseen)
 
@@ -278,5 +276,3 @@ def metrics_of(measured: list[tuple[Sums, Sums | None]], context: Context) -> Me
     if valued:
         metrics |= {f"ppo/{name}": value for name, value in everyones(valued).means().items()}
     return metrics
-
-

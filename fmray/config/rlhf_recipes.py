@@ -1,0 +1,121 @@
+"""Recipes of PPO runs: functions that return a whole configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fmray.config.base import RunConfig, RuntimeConfig
+from fmray.config.pools import PoolConfig
+from fmray.config.prompts import PromptConfig, ReviewPromptSource
+from fmray.config.rewards import (
+    ClassifierReward,
+    GrammarReward,
+    LengthReward,
+    LikelihoodReward,
+    RepetitionReward,
+)
+from fmray.config.rlhf import (
+    CriticConfig,
+    IterationConfig,
+    KlConfig,
+    LoraConfig,
+    PolicyConfig,
+    PpoConfig,
+    ReferenceConfig,
+    RlhfConfig,
+    RolloutConfig,
+)
+from fmray.config.schema import EngineConfig, OptimizerConfig
+
+SENTIMENT_RUN = "runs/reward_sentiment"
+"""Where `fmray reward --recipe reward_sentiment` leaves its model."""
+
+
+def ppo_reviews() -> RlhfConfig:
+    """FLAN-T5-small continues movie reviews: kinder (our own sentiment model) and in good grammar, near where it started."""
+    return RlhfConfig(
+        run=RunConfig(name="ppo_reviews"),
+        prompts=PromptConfig(
+            source=ReviewPromptSource(), template="Continue the movie review: {}", max_tokens=48
+        ),
+        policy=PolicyConfig(source="asset:flan_t5_small"),
+        critic=CriticConfig(kind="shared"),
+        reference=ReferenceConfig(precision="bf16"),
+        rollout=RolloutConfig(batch_size=64, request_size=32, max_new_tokens=24),
+        rewards={
+            "sentiment": ClassifierReward(source=SENTIMENT_RUN, label="positive"),
+            "grammar": GrammarReward(weight=0.5),
+            "length": LengthReward(weight=0.2, min_tokens=10, normalize="none"),
+            "repetition": RepetitionReward(weight=0.5, normalize="none"),
+        },
+        ppo=PpoConfig(
+            mini_batch_size=32,
+            kl=KlConfig(coefficient=0.05, controller="adaptive", target=5.0, horizon=2000),
+        ),
+        optimizer=OptimizerConfig(
+            lr=5e-5, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, schedule="linear", warmup_steps=4
+        ),
+        train=IterationConfig(iterations=30, checkpoint_every=10),
+    )
+
+
+def ppo_reviews_gpt() -> RlhfConfig:
+    """The same task for a decoder-only policy: SmolLM2-135M with a LoRA adapter, which is its own reference."""
+    t5 = ppo_reviews()
+    return t5.replace(
+        run=RunConfig(name="ppo_reviews_gpt"),
+        prompts=t5.prompts.replace(template="{}"),
+        policy=PolicyConfig(source="asset:smollm2_135m", lora=LoraConfig()),
+        reference=ReferenceConfig(kind="adapter_off"),
+        optimizer=t5.optimizer.replace(lr=2e-4),
+    )
+
+
+def ppo_hub_rewards() -> RlhfConfig:
+    """FLAN-T5 under two reward models of the hub: acceptability (CoLA) and sentiment (needs the hub)."""
+    t5 = ppo_reviews()
+    return t5.replace(
+        run=RunConfig(name="ppo_hub_rewards"),
+        policy=PolicyConfig(source="google/flan-t5-small"),
+        rewards={
+            "sentiment": ClassifierReward(
+                source="cardiffnlp/twitter-roberta-base-sentiment", label="LABEL_2"
+            ),
+            "acceptability": ClassifierReward(source="textattack/roberta-base-CoLA", label="LABEL_1"),
+        },
+    )
+
+
+def ppo_demo() -> RlhfConfig:
+    """ppo_reviews under Ray: a learner under DeepSpeed ZeRO-2, and a pool each for rollouts, reference and rewards."""
+    small = PoolConfig(cpus=0.25, threads=1)
+    two = PoolConfig(cpus=0.25, threads=2)
+    t5 = ppo_reviews()
+    return t5.replace(
+        run=RunConfig(name="ppo_demo"),
+        runtime=RuntimeConfig(kind="ray", workers=1, cpus_per_worker=0.5, threads=2),
+        engine=EngineConfig(kind="deepspeed", zero_stage=2),
+        reference=t5.reference.replace(pool=small),
+        rollout=t5.rollout.replace(pool=two),
+        rewards={
+            name: reward.replace(pool=small) if reward.pool.replicas else reward
+            for name, reward in t5.rewards.items()
+        },
+    )
+
+
+def fluent_reviews() -> RlhfConfig:
+    """ppo_reviews with SmolLM2's likelihood as the grammar reward instead of the edit tagger."""
+    t5 = ppo_reviews()
+    return t5.replace(
+        run=RunConfig(name="fluent_reviews"), rewards={**t5.rewards, "grammar": LikelihoodReward(weight=0.5)}
+    )
+
+
+RLHF_RECIPES: dict[str, Callable[[], RlhfConfig]] = {
+    "ppo_reviews": ppo_reviews,
+    "ppo_reviews_gpt": ppo_reviews_gpt,
+    "ppo_hub_rewards": ppo_hub_rewards,
+    "fluent_reviews": fluent_reviews,
+    "ppo_demo": ppo_demo,
+}
