@@ -45,7 +45,8 @@ def build_flan_t5_small(raw: Path, done: Path) -> None:
     """FLAN-T5-small for `T5ForConditionalGeneration.from_pretrained`, float32, with its untied head.
 
     `T5Config` reads `tie_word_embeddings: false` as "do not scale the decoder's output" and then calls itself
-    tied. What keeps the head apart is that the file holds `shared.weight` and `lm_head.weight`, which differ.
+    tied. What keeps the head apart is that the file holds `shared.weight` and `lm_head.weight`, which differ; a
+    model made by `from_config`, and any model after `tie_weights()`, has them tied.
     """
     encoder = read_onnx_weights(raw / "encoder.onnx")
     decoder = read_onnx_weights(raw / "decoder.onnx")
