@@ -20,6 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from fmray.config.rlhf import RlhfConfig
 from fmray.models.language import save_language_model
 
 SUBJECTS = ("the dog", "a cat", "my old friend", "the small bird", "our teacher", "that king")
@@ -102,3 +103,35 @@ def write_prompts(folder: Path) -> Path:
         lines = [json.dumps({"prompt": text}) for text in texts]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def story_run(folder: Path, policy: Path, **changes: Any) -> RlhfConfig:
+    """A whole PPO run of seconds: 2 iterations over 16 samples, two cheap rewards. Dotted keys change it."""
+    keys: dict[str, Any] = {
+        "run": {"name": "story", "storage": str(folder / "runs")},
+        "runtime": {"threads": 1},
+        "report": {"progress": False},
+        "prompts": {"source": {"kind": "jsonl", "path": str(write_prompts(folder / "prompts"))}},
+        "policy": {"source": str(policy)},
+        "rollout": {"batch_size": 16, "request_size": 4, "max_new_tokens": 6},
+        "rewards": {
+            "letters": {"kind": "python", "function": "tests.stories:letter_share", "pool": {"replicas": 0}},
+            "repetition": {"kind": "repetition", "weight": 0.5},
+        },
+        "ppo": {"mini_batch_size": 8, "epochs": 2},
+        "optimizer": {"lr": 1e-3},
+        "train": {"iterations": 2, "evaluate_prompts": 4, "samples_every": 1},
+    }
+    for key, value in changes.items():
+        keys = _with(keys, key.split("."), value)
+    return RlhfConfig.model_validate(keys)
+
+
+def _with(keys: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    inner = _with(keys.get(path[0], {}), path[1:], value) if len(path) > 1 else value
+    return {**keys, path[0]: inner}
+
+
+def letter_share(texts: list[str], prompts: list[str]) -> list[float]:
+    """A reward that can be learned in seconds: the share of characters that are an e, a or i."""
+    return [sum(character in "eai" for character in text) / max(1, len(text)) for text in texts]

@@ -53,7 +53,8 @@ def scores_of(judged: Judged, learner: PpoLearner) -> Metrics:
         mean, std = valid.mean().item(), valid.std(correction=0).item()
         start_mean, start_std = learner.starting_scores.setdefault(name, (mean, std))
         metrics |= {f"eval/{name}": mean, f"eval/{name}_std": std}
-        score_B += learner.config.rewards[name].weight * (raw_B - start_mean) / (start_std + 1e-8)
+        unit = start_std if start_std > 1e-6 else 1.0  # a reward that was the same everywhere has no unit of its own
+        score_B += learner.config.rewards[name].weight * (raw_B - start_mean) / unit
     scored = score_B[~score_B.isnan()]
     return metrics | {
         "eval/score": scored.mean().item(),
