@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 from fmray.config.loading import HelpRequested, load_config
 from fmray.config.recipes import EVALUATE_RECIPES, PRETRAIN_RECIPES, SERVE_RECIPES
+from fmray.config.rlhf import RlhfConfig
+from fmray.config.rlhf_recipes import RLHF_RECIPES
 from fmray.config.schema import EvaluateRunConfig, PretrainConfig, ServeConfig
 from fmray.errors import TEMPORARY_FAILURE, ConfigError, FmrayError
 
@@ -28,6 +30,18 @@ def pretrain(arguments: Arguments) -> int:
     check_pretrain(config)
     outcome = launch(work, config, steps=config.train.steps)
     say(f"{outcome.steps} steps; checkpoints and metrics in {config.run.storage}/{config.run.name}")
+    return 0 if outcome.finished else TEMPORARY_FAILURE
+
+
+def rlhf(arguments: Arguments) -> int:
+    """Teach a language model by PPO under weighted rewards, with actor pools for rollouts, reference and rewards."""
+    config = load_config(RlhfConfig, RLHF_RECIPES, arguments, door="fmray rlhf")
+    from fmray.rlhf.loop import train_ppo as work
+    from fmray.rlhf.roles import pool_plan
+    from fmray.runtime.launch import launch
+
+    outcome = launch(work, config, steps=config.train.iterations, pools=pool_plan(config))
+    say(f"{outcome.steps} iterations; checkpoints, metrics and samples in {config.run.storage}/{config.run.name}")
     return 0 if outcome.finished else TEMPORARY_FAILURE
 
 
@@ -97,6 +111,7 @@ def benchmark(arguments: Arguments) -> int:
 
 DOORS: dict[str, Callable[[Arguments], int]] = {
     "pretrain": pretrain,
+    "rlhf": rlhf,
     "evaluate": evaluate,
     "serve": serve,
     "demo": demo,
