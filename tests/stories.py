@@ -135,3 +135,11 @@ def _with(keys: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
 def letter_share(texts: list[str], prompts: list[str]) -> list[float]:
     """A reward that can be learned in seconds: the share of characters that are an e, a or i."""
     return [sum(character in "eai" for character in text) / max(1, len(text)) for text in texts]
+
+
+def letters_or_failure(texts: list[str], prompts: list[str]) -> list[float]:
+    """`letter_share` that has no answer for texts of an odd number of characters."""
+    return [
+        share if len(text) % 2 == 0 else float("nan")
+        for text, share in zip(texts, letter_share(texts, prompts), strict=True)
+    ]
