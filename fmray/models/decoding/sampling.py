@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 WORD = 1 << 64
+SAMPLE_STEP, POSITION_STEP = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
+"""Odd, so that no two samples and no two positions of one sample meet: the golden ratio, and a multiplier of good spectrum."""
 CHUNK = 128
 """Tokens of a chunk: the search for a token looks at V / CHUNK sums, then at CHUNK probabilities."""
 
@@ -23,10 +25,12 @@ def uniforms(seed: int, sample_ids_B: Tensor, position: int | Tensor) -> Tensor:
     the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), a bijection
     of 64-bit words; equal inputs give equal numbers on every device.
     """
-    key = sample_ids_B.new_tensor(_signed(seed % WORD))
-    mixed = _mix(
-        _mix(_mix(key) + sample_ids_B * _signed(0x9E3779B97F4A7C15)) + position * _signed(0xD1342543DE82EF95)
-    )
+    key = sample_ids_B.new_tensor(_signed((seed + SAMPLE_STEP) % WORD))  # 0 would stay 0
+    of_sample = _mix(_mix(key) + sample_ids_B * _signed(SAMPLE_STEP))
+    if isinstance(position, int):
+        mixed = _mix(of_sample + _signed(position * POSITION_STEP % WORD))
+    else:
+        mixed = _mix(of_sample + position * _signed(POSITION_STEP))
     return _shift(mixed, 11).double() * 2.0**-53
 
 

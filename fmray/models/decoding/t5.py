@@ -103,7 +103,8 @@ class T5Decoder:
             )
             for block in model.decoder.block
         ]
-        self._words = effective_weight(model.shared)
+        self._source_words = effective_weight(model.encoder.embed_tokens)  # an adapter may part them
+        self._words = effective_weight(model.decoder.embed_tokens)
         self._encoder_gain = effective_weight(model.encoder.final_layer_norm)
         gain_K = effective_weight(model.decoder.final_layer_norm)
         if model.config.scale_decoder_outputs:  # T5 1.0, whose head is its embedding
@@ -165,7 +166,7 @@ class T5Decoder:
             q, k, v = heads.permute(2, 0, 3, 1, 4)
             return attend_all(q, k, v, bias).flatten(0, 1)
 
-        x_MD = F.embedding(ids_NS, self._words).flatten(0, 1)
+        x_MD = F.embedding(ids_NS, self._source_words).flatten(0, 1)
         for own, feed_forward in self._encoder:
             x_MD = feed_forward(own(x_MD, attention))
         epsilon = self._model.encoder.final_layer_norm.variance_epsilon
