@@ -27,7 +27,7 @@ def compare_losses(python: Path, folder: Path) -> dict[str, float]:
     tensors |= {"log_scale": torch.tensor(2.6592), "bias": torch.tensor(-10.0)}
     given, answer = folder / "losses-in.safetensors", folder / "losses-out.safetensors"
     save_file(tensors, given)
-    run_peer_script(python, "losses.py", str(given), str(answer))
+    run_peer_script(python, "open_clip_side/losses.py", str(given), str(answer))
     theirs, ours = load_file(answer), our_losses(given)
     assert theirs.keys() == ours.keys(), "both sides measure the same things"
     worst: dict[str, float] = {}

@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from fmray.errors import ResourceError
 
-PEER_SCRIPTS = Path(__file__).parent / "open_clip_side"
+SCRIPTS = Path(__file__).parent
 STAMP = "made.json"
 
 
@@ -71,6 +71,22 @@ OPEN_CLIP = PeerEnvironment(
         ),
         ("numpy", "pyyaml", "huggingface_hub", "pandas", "webdataset", "braceexpand"),
     ),
+)
+
+TRL_0_11 = PeerEnvironment(  # the last trl whose PPO takes encoder-decoder policies
+    "trl-0.11.4",
+    (
+        ("torch==2.13.0",),
+        (
+            *("trl==0.11.4", "transformers==4.46.3", "accelerate<1.3", "datasets<3.2"),
+            *("numpy>=2,<2.3", "rich", "safetensors"),
+        ),
+    ),
+)
+
+TRL_1_12 = PeerEnvironment(  # the last trl with a PPO at all
+    "trl-1.12.0",
+    (("torch==2.13.0",), ("trl==1.12.0", "transformers==5.23.0", "safetensors")),
 )
 
 
@@ -140,8 +156,8 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def run_peer_script(python: Path, script: str, *arguments: str, threads: int = 1) -> None:
-    """One of the peer's scripts to its end; raises ResourceError with its last line where it fails."""
-    command = [str(python), str(PEER_SCRIPTS / script), *arguments]
+    """`trl_side/ppo_0_11.py` or another peer's script to its end; raises ResourceError with its last line where it fails."""
+    command = [str(python), str(SCRIPTS / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(threads))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
@@ -150,7 +166,7 @@ def run_peer_script(python: Path, script: str, *arguments: str, threads: int = 1
 
 def open_clip_side(python: Path, threads: int) -> Side:
     """open_clip's process."""
-    return Side("open_clip", [str(python), str(PEER_SCRIPTS / "train.py")], threads)
+    return Side("open_clip", [str(python), str(SCRIPTS / "open_clip_side" / "train.py")], threads)
 
 
 def our_side(threads: int) -> Side:

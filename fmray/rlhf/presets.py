@@ -29,7 +29,8 @@ def compat_rules(name: Compat, *, encoder_decoder: bool = True) -> PpoRules:
 
     `trl-1.12`: old log-probabilities from generation at temperature + 1e-7; the score one place behind the last token, where
     the critic is asked too; fixed KL 0.05. Its `missing_eos_penalty=x` is `missing_eos=("penalty", x)`; its `whiten_rewards` and
-    `kl_estimator="k3"` are ours of that name.
+    `kl_estimator="k3"` are ours of that name. Its optimizer steps once an epoch whatever `num_mini_batches` says: accelerate
+    counts micro-batches, and accumulates a whole batch of them.
 
     `trl-0.11`: old log-probabilities of a forward pass; with an encoder-decoder policy each response's first token is left out of
     masks and means (`encoder_decoder`); adaptive KL 0.2 → 6 nats over 10 000 samples; micro-batches whose mean ratio exceeds 10

@@ -53,11 +53,6 @@ class Sums:
         """The sums of all ranks."""
         return Sums(self.names, sum_over_ranks(self.sums_N))
 
-    @property
-    def count(self) -> float:
-        """Number of items."""
-        return float(self.sums_N[0])
-
     def means(self) -> dict[str, float]:
         """Sum over number of items, by name; NaN where there are none."""
         return dict(zip(self.names, (self.sums_N[1:] / self.sums_N[0]).tolist(), strict=True))
