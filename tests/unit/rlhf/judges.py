@@ -1,4 +1,4 @@
-"""Samples to judge, and tiny judges on disk: classifiers and taggers of several architectures, random weights, no download."""
+"""Tiny judges on disk: classifiers and taggers of several architectures, random weights, no download."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from fmray.rlhf.records import Rollouts
 from fmray.runtime.pool import Place
 from fmray.runtime.weights import LocalWeightStore
 from tests.stories import make_tokenizer
@@ -48,39 +47,6 @@ WORDS = (
     "##s",
     *",.!'ts",
 )
-TEXTS = (
-    "the film was good .",
-    "bad",
-    "a very bad film and the dog was good !",
-    "",
-    "don't watch it , it is bad .",
-)
-
-
-def answers(
-    responses: Sequence[str] = TEXTS,
-    prompts: Sequence[str] | None = None,
-    ids: Sequence[Sequence[int]] | None = None,
-    ended: Sequence[bool] | None = None,
-) -> Rollouts:
-    """Rollouts with these texts; the token ids are made up where a test does not care for them."""
-    rows = [list(row) for row in ids] if ids is not None else [[7] * (1 + len(r.split())) for r in responses]
-    count, longest = len(rows), max(map(len, rows), default=0)
-    padded = [row + [0] * (longest - len(row)) for row in rows]
-    mask = [[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows]
-    return Rollouts(
-        sample_id_B=torch.arange(60, 60 + count),
-        prompt_B=torch.arange(count),
-        version_B=torch.zeros(count, dtype=torch.int64),
-        prompt_ids_BP=torch.ones(count, 1, dtype=torch.int64),
-        prompt_mask_BP=torch.ones(count, 1, dtype=torch.int64),
-        response_ids_BT=torch.tensor(padded, dtype=torch.int64).reshape(count, longest),
-        mask_BT=torch.tensor(mask).reshape(count, longest),
-        rollout_logp_BT=torch.zeros(count, longest),
-        ended_B=torch.tensor([True] * count if ended is None else list(ended)),
-        prompts=tuple(prompts) if prompts is not None else tuple(f"prompt {i}" for i in range(count)),
-        responses=tuple(responses),
-    )
 
 
 def save_judge(model: nn.Module, folder: Path, **keys: Any) -> Path:

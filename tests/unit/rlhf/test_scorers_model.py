@@ -24,11 +24,10 @@ from fmray.manifest import manifest_text, sum_file
 from fmray.rlhf.scorers import build_scorer
 from fmray.rlhf.scorers_model import WORD, read_label
 from tests.stories import tiny_gpt2, tiny_t5
+from tests.unit.rlhf.answers import TEXTS, answers
 from tests.unit.rlhf.judges import (
     FAMILIES,
     HERE,
-    TEXTS,
-    answers,
     bert,
     distilbert,
     gpt2,
