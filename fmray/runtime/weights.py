@@ -36,6 +36,7 @@ class WeightStore(Protocol):
     def publish(self, version: int, buckets: Iterable[Bucket]) -> Published:
         """Keep a version, forget the ones beyond the store's size; publishing a version again replaces it.
 
+        Later versions are forgotten too: they are of a future that a resumed run has not reached.
         The buckets are read one after the other and copied: the caller may free or change each after it was taken.
         """
         ...
@@ -78,8 +79,9 @@ class LocalWeightStore:
 
     def publish(self, version: int, buckets: Iterable[Bucket]) -> Published:
         # the oldest goes before the newest comes: with keep=1 the model is never twice in here
-        for old in sorted(self._versions.keys() - {version})[: max(0, len(self._versions) + 1 - self._keep)]:
-            del self._versions[old]
+        kept = sorted(held for held in self._versions if held < version)
+        kept = kept[max(0, len(kept) + 1 - self._keep) :]
+        self._versions = {held: self._versions[held] for held in kept}
         copies = [{name: tensor.detach().cpu().clone() for name, tensor in b.items()} for b in buckets]
         checksum = combined_checksum(bucket_checksum(bucket) for bucket in copies)
         size = sum(t.numel() * t.element_size() for bucket in copies for t in bucket.values())
