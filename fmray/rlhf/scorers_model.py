@@ -32,8 +32,9 @@ MAX_LOGITS = 1 << 26
 class ClassifierScorer(RewardRole):
     """A sequence classifier's score of one label.
 
-    A model that fmray trained may carry `fmray_gain` and `fmray_bias` in its config.json (Ziegler et al. 2019, §2.2: mean 0 and
-    deviation 1 on reference answers): the raw score is gain · score + bias.
+    A reward model that fmray trained carries `fmray_gain` and `fmray_bias` in its config.json: with them its score (one output,
+    or the margin of label 1 of two) has mean 0 and deviation 1 on reference texts (Ziegler et al. 2019, §2.1). That score is
+    given as gain · score + bias; other outputs are given as they are.
     """
 
     def __init__(self, config: ClassifierReward, device: torch.device) -> None:
@@ -41,11 +42,14 @@ class ClassifierScorer(RewardRole):
         self._reader = TextModel(auto, config.source, device, config.max_tokens, cut="left")
         self._config = config
         self._label = label_id(self._reader.config, config.label, config.source)
-        self._gain, self._bias = normalisation(self._reader.config, config.source)
+        self._gain, self._bias = normalisation(self._reader.config, self._label, config)
+        self._one_eos = self._reader.config.eos_token_id if self._reader.config.is_encoder_decoder else None
 
     def judge(self, rollouts: Rollouts) -> list[Verdict]:
         reader = self._reader
         rows: list[list[int]] = reader.encode(reader.texts(rollouts, self._config.text))["input_ids"]
+        if (eos := self._one_eos) is not None:  # T5 is read at its last EOS, and wants as many in each text
+            rows = [[*(token for token in row if token != eos), eos] for row in rows]
         start = reader.context_id  # for a tokenizer that makes nothing of an empty text
         if start is not None:
             rows = [row or [start] for row in rows]
@@ -98,16 +102,18 @@ def label_id(config: PreTrainedConfig, label: str | int, source: str, key: str =
     raise ConfigError(key, label, f"{source} has no such label; {near}it has: {shown}{more}")
 
 
-def normalisation(config: PreTrainedConfig, source: str) -> tuple[float, float]:
-    """Gain and bias that a reward model was saved with; 1 and 0 without."""
+def normalisation(config: PreTrainedConfig, label: int, reward: ClassifierReward) -> tuple[float, float]:
+    """Gain and bias of what a reward asks: the saved ones for the score they are of, turned for the other of two labels."""
     keys = config.to_dict()
     gain, bias = keys.get("fmray_gain", 1.0), keys.get("fmray_bias", 0.0)
     for name, value in (("fmray_gain", gain), ("fmray_bias", bias)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(
-                "rewards.*.source", source, f"its config.json has {name}={value!r}, not a number"
-            )
-    return float(gain), float(bias)
+            raise ConfigError(KEY, reward.source, f"its config.json has {name}={value!r}, not a number")
+    if config.num_labels == 1:
+        return float(gain), float(bias)
+    if config.num_labels != 2 or reward.output != "margin":
+        return 1.0, 0.0
+    return float(gain), float(bias if label == 1 else -bias)
 
 
 # ------------------------------------------------------------------------------------------------------------------ tagger

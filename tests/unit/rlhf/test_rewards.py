@@ -265,7 +265,7 @@ def test_any_split_among_ranks_gives_the_same_scores_and_all_stop_together(world
 # ------------------------------------------------------------------------------------------------------------------ resume
 
 
-def test_a_resumed_bank_goes_on_bit_equal_through_json() -> None:
+def test_6_21_a_resumed_bank_goes_on_bit_equal_through_json() -> None:
     straight, saved = RewardBank(REWARDS), RewardBank(REWARDS)
     for step in range(2):
         for bank in (straight, saved):
@@ -281,7 +281,7 @@ def test_a_resumed_bank_goes_on_bit_equal_through_json() -> None:
     assert resumed.state()["a"]["failed"] == 3  # failures count over the whole run
 
 
-def test_other_rewards_than_the_checkpoints_are_refused() -> None:
+def test_6_21_other_rewards_than_the_checkpoints_are_refused() -> None:
     state = RewardBank(REWARDS).state()
     with pytest.raises(
         CheckpointError, match=r"the checkpoint's rewards are a, b, c, the configuration's are a, b:"

@@ -81,7 +81,7 @@ def test_a_classifier_says_what_transformers_says_of_each_text_alone(family: str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_side_batch_and_order_change_no_score(family: str, tmp_path: Path) -> None:
+def test_6_7_padding_batch_and_order_change_no_score(family: str, tmp_path: Path) -> None:
     folder = FAMILIES[family](tmp_path / family)
     config = classifier(folder, label=0 if family == "gpt2" else 1, max_tokens=LONGEST.get(family, 64))
     expected = dict(zip(TEXTS, raw(config.replace(batch_size=1), *TEXTS), strict=True))
@@ -173,15 +173,28 @@ def test_a_long_text_loses_its_beginning(tmp_path: Path) -> None:
     assert raw(classifier(folder, max_tokens=5), long) != raw(classifier(folder), "the dog was")
 
 
-def test_gain_and_bias_of_a_trained_reward_model(tmp_path: Path) -> None:
+def test_6_6_gain_and_bias_of_a_trained_reward_model(tmp_path: Path) -> None:
+    saved = {"fmray_gain": 2.5, "fmray_bias": -1}
     plain = raw(classifier(gpt2(tmp_path / "plain")), *TEXTS)
-    normalised = raw(classifier(gpt2(tmp_path / "normalised", fmray_gain=2.5, fmray_bias=-1)), *TEXTS)
+    normalised = raw(classifier(gpt2(tmp_path / "normalised", **saved)), *TEXTS)
     assert normalised == pytest.approx([2.5 * score - 1 for score in plain], abs=1e-5)
     with pytest.raises(ConfigError, match="fmray_gain='much'"):
         build_scorer(classifier(gpt2(tmp_path / "broken", fmray_gain="much")), HERE)
 
 
-def test_dropout_is_off(tmp_path: Path) -> None:
+def test_6_6_gain_and_bias_are_of_the_margin_of_two_labels(tmp_path: Path) -> None:
+    plain, saved = t5(tmp_path / "plain"), t5(tmp_path / "saved", fmray_gain=2.5, fmray_bias=-1)
+    margins = raw(classifier(plain, output="margin"), *TEXTS)
+    normalised = [2.5 * margin - 1 for margin in margins]
+    assert raw(classifier(saved, output="margin"), *TEXTS) == pytest.approx(normalised, abs=1e-5)
+    turned = raw(classifier(saved, output="margin", label=0), *TEXTS)
+    assert turned == pytest.approx([-score for score in normalised], abs=1e-5)
+    assert raw(classifier(saved, output="probability"), *TEXTS) == raw(
+        classifier(plain, output="probability"), *TEXTS
+    )
+
+
+def test_6_9_dropout_is_off_in_a_reward_model(tmp_path: Path) -> None:
     folder = bert(tmp_path, hidden_dropout_prob=0.9, attention_probs_dropout_prob=0.9, classifier_dropout=0.9)
     assert raw(classifier(folder), *TEXTS) == raw(classifier(folder), *TEXTS)
 
@@ -205,6 +218,12 @@ def test_a_policy_cannot_speak_to_its_judge_in_special_tokens(
     assert raw(config, f"bad{special} film", f"bad{nested} film", "bad film") == pytest.approx(
         raw(config, "bad film") * 3, abs=1e-5
     )
+
+
+def test_a_prompt_that_spells_an_end_of_sequence_is_read_too(tmp_path: Path) -> None:
+    config = classifier(t5(tmp_path), label=0, text="prompt_and_response")
+    scores = raw(config, "bad", "bad", prompts=["so</s> it", "so it"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
 def test_prompt_and_response_are_joined_by_a_space_where_neither_has_one(tmp_path: Path) -> None:
