@@ -40,7 +40,7 @@ class ActorCritic(nn.Module):
         self.policy = policy
         self.critic = critic
         self.value_head = value_head
-        self._temperature = temperature
+        self.temperature = temperature
         self._shared_prompts = shared_prompts
         self._entropy_learns = entropy_learns
 
@@ -62,9 +62,9 @@ class ActorCritic(nn.Module):
         real_BT, valued_BT = mask_BT.bool(), value_mask_BT.bool()
         logits_1NV = response_logits(self.policy, states_BTD[real_BT]).unsqueeze(0)
         ids_1N = response_ids_BT[real_BT].unsqueeze(0)
-        outputs = {"logp_BT": _spread(token_logp(logits_1NV, ids_1N, self._temperature)[0], real_BT)}
+        outputs = {"logp_BT": _spread(token_logp(logits_1NV, ids_1N, self.temperature)[0], real_BT)}
         with torch.set_grad_enabled(self._entropy_learns and torch.is_grad_enabled()):
-            entropy_N = token_entropy(logits_1NV, self._temperature)[0]
+            entropy_N = token_entropy(logits_1NV, self.temperature)[0]
         outputs["entropy_BT"] = _spread(entropy_N, real_BT)
         if self.value_head is not None:
             if self.critic is not None:

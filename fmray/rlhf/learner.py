@@ -121,6 +121,7 @@ def make_learner(config: RlhfConfig, context: Context) -> PpoLearner:
     micro_batch = config.ppo.micro_batch_size or rows
     engine = make_engine(model, groups, config.optimizer, config.engine, context.device, micro_batch)
     rules = rules_of(config, encoder_decoder=bool(model.policy.config.is_encoder_decoder))
+    model.temperature = config.rollout.temperature + rules.loss.temperature_offset
     return PpoLearner(
         config,
         model,

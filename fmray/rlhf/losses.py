@@ -201,9 +201,9 @@ def value_loss(
     return ValueLoss(token_mean(loss_BT, mask_BT, denominator), sums)
 
 
-def total_loss(policy: PolicyLoss, value: ValueLoss, rules: LossRules) -> Tensor:
-    """policy + value_coefficient · value, scalar, for a critic on the policy's trunk; times 0 beyond `rules.ratio_threshold`."""
-    total = policy.loss + rules.value_coefficient * value.loss
+def total_loss(policy: PolicyLoss, value: ValueLoss | None, rules: LossRules) -> Tensor:
+    """policy + value_coefficient · value, scalar; times 0 beyond `rules.ratio_threshold`. value None: no critic."""
+    total = policy.loss if value is None else policy.loss + rules.value_coefficient * value.loss
     if rules.ratio_threshold is None:
         return total
     return total * (policy_metrics(policy.sums)["ratio_mean"] <= rules.ratio_threshold)

@@ -25,6 +25,7 @@ from fmray.rlhf.losses import (
     policy_loss,
     policy_metrics,
     token_mean,
+    total_loss,
     value_loss,
 )
 from fmray.rlhf.records import Rollouts, pad_right
@@ -235,13 +236,7 @@ def loss_of(
         tokens,
         importance_BT,
     )
-    loss = acted.loss * float(iteration >= ppo.critic_warmup)
-    if ppo.kl.place == "loss":
-        kl_BT = kl_estimate(outputs["logp_BT"], of_rows(batch.reference_logp_BT), ppo.kl.estimator)
-        loss = loss + learner.kl.coefficient * token_mean(kl_BT, mask_BT, tokens)
-    if rules.entropy_coefficient:
-        loss = loss - rules.entropy_coefficient * token_mean(outputs["entropy_BT"], mask_BT, tokens)
-    foreseen = None
+    valued = None
     if batch.values_BT is not None and worth.returns_BT is not None:
         valued = value_loss(
             outputs["values_BT"],
@@ -251,12 +246,17 @@ def loss_of(
             rules.value_clip,
             denominator(value_mask_BT),
         )
-        loss, foreseen = loss + rules.value_coefficient * valued.loss, valued.sums
+    if valued is not None and iteration < ppo.critic_warmup:
+        return rules.value_coefficient * valued.loss, (acted.sums, valued.sums)
+    loss = total_loss(acted, valued, rules)
+    if ppo.kl.place == "loss":
+        kl_BT = kl_estimate(outputs["logp_BT"], of_rows(batch.reference_logp_BT), ppo.kl.estimator)
+        loss = loss + learner.kl.coefficient * token_mean(kl_BT, mask_BT, tokens)
+    if rules.entropy_coefficient:
+        loss = loss - rules.entropy_coefficient * token_mean(outputs["entropy_BT"], mask_BT, tokens)
     if rules.token_mean == "micro_batch":
         loss = loss / parts  # as accelerate does where it accumulates
-    if rules.ratio_threshold is not None and policy_metrics(acted.sums)["ratio_mean"] > rules.ratio_threshold:
-        loss = loss * 0.0
-    return loss, (acted.sums, foreseen)
+    return loss, (acted.sums, valued.sums if valued is not None else None)
 
 
 def metrics_of(measured: list[tuple[Sums, Sums | None]], context: Context) -> Metrics:

@@ -279,3 +279,20 @@ def test_what_cannot_be_is_refused_before_it_starts(tmp_path: Path) -> None:
     for message, options in cases.items():
         with pytest.raises((ConfigError, ValueError), match=message):
             story_run(tmp_path, policy, **options)
+
+
+@pytest.mark.parametrize(("compat", "family"), [("trl-1.12", tiny_gpt2), ("trl-0.11", tiny_t5)])
+def test_other_trainers_conventions_run_in_the_loop(compat: str, family: Any, tmp_path: Path) -> None:
+    """Their arithmetic is proven in test_trl_parity; here the loop gives it what it asks for."""
+    options = {"ppo.compat": compat, "ppo.micro_batch_size": 4, "critic.kind": "shared"}
+    learner, context = started(story_run(tmp_path, family(tmp_path / "policy"), **options))
+    _, batch, _ = credited(learner, context)
+    worth, lengths = batch.credit, batch.rollouts.mask_BT.sum(1)
+    if compat == "trl-1.12":
+        assert batch.old_logp_BT is batch.rollouts.rollout_logp_BT
+        assert batch.credit.value_mask_BT.shape[1] == learner.config.rollout.max_new_tokens
+        assert torch.equal(worth.value_mask_BT.sum(1), (lengths + 1).clamp(max=6).long())
+    else:
+        assert torch.equal(worth.policy_mask_BT.sum(1), lengths.long() - 1)
+    metrics = learn(batch, learner, 0, context)
+    assert all(value == value for value in metrics.values())
