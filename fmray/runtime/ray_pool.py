@@ -64,7 +64,7 @@ class Replica:
         return self._spec.build(self._spec.configuration, self._place)
 
     def ask(self, method: Callable[[Any, Any], Any], request: Any) -> Any:
-        return method(self.role, request)
+        return getattr(self.role, method.__name__)(request)  # by name: the role may override it
 
 
 def create_replicas(spec: RoleSpec, store: RayWeightStore) -> tuple[Any, ...]:
@@ -274,7 +274,7 @@ class RayPool:
         with self._lock:
             pinned = self._away.pop(replica)
             if isinstance(error, ray.exceptions.ActorDiedError):
-                why = shorten(last_line(error), 200, placeholder=" …")
+                why = shorten(last_line(error), 120, placeholder=" …")
                 self._lost[replica] = (
                     f"replica {replica} died, max_restarts={self.config.max_restarts}: {why}"
                 )

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import ray
 import torch
 
+from fmray.config.pools import PoolConfig
 from fmray.runtime.pool import Answer, LocalPools, Pool, PoolPlan, Pools
 from fmray.runtime.ray_pool import Asked, RayPool, create_replicas, present
 from fmray.runtime.ray_tensors import carry_tensors
@@ -143,9 +144,15 @@ def _wait_until_ready(handles: PoolHandles) -> None:
             outcome.result()
         for each, one in asked:
             if each == limit:
-                one.within(0.0, f"not ready in {limit:g} s (start_timeout_seconds); {_free_resources()}")
+                one.within(
+                    0.0, f"not ready in {limit:g} s (start_timeout_seconds): {_needs(one.pool.config)}"
+                )
 
 
-def _free_resources() -> str:
+def _needs(config: PoolConfig) -> str:
+    """What a replica that is still missing may be waiting for."""
     free = ray.available_resources()
-    return "Ray has free " + ", ".join(f"{free.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+    each = {"CPU": config.cpus, "GPU": config.gpus, **config.resources}
+    needs = [f"{amount:g} {name} of {free.get(name, 0):g} free" for name, amount in each.items() if amount]
+    needs += [f"a node with {key}={value}" for key, value in config.labels.items()]
+    return "it is still building, or waits for " + ", ".join(needs)
