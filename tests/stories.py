@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,9 @@ def letters_or_failure(texts: list[str], prompts: list[str]) -> list[float]:
         share if len(text) % 2 == 0 else float("nan")
         for text, share in zip(texts, letter_share(texts, prompts), strict=True)
     ]
+
+
+def never(texts: list[str], prompts: list[str]) -> list[float]:
+    """A reward that takes an hour."""
+    time.sleep(3600)
+    return [0.0] * len(texts)

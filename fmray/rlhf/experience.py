@@ -16,8 +16,9 @@ from torch import Tensor
 from fmray.config.rlhf import RlhfConfig
 from fmray.data.prompts import Prompt, PromptOrder, fit_prompt, open_prompts
 from fmray.models.language import Language
-from fmray.rlhf.records import RolloutRequest, Rollouts, Scorer, Scores, pad_right
+from fmray.rlhf.records import RolloutRequest, Rollouts, Scores, pad_right
 from fmray.rlhf.roles import REFERENCE, ROLLOUT, ReferencePolicy, RolloutPolicy, reward_pool
+from fmray.rlhf.scoring import RewardRole
 from fmray.runtime.context import Context
 from fmray.runtime.pool import Answer
 
@@ -119,7 +120,7 @@ class Crew:
         if self.config.reference.kind == "pool":
             reference = pools[REFERENCE].submit(ReferencePolicy.logp, shared, phase="judge")
         scores = {
-            name: pools[reward_pool(name)].submit(Scorer.score, shared, phase="judge")
+            name: pools[reward_pool(name)].submit(RewardRole.score, shared, phase="judge")
             for name in self.config.rewards
         }
         return _Asked(number, rollouts, reference, scores)

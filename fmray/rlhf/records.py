@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -131,11 +131,3 @@ class Scores:
     """float32 [B]; NaN where the sample could not be scored."""
     failures: tuple[str, ...] = ()
     """A line for each NaN."""
-
-
-class Scorer(Protocol):
-    """The role of a reward: what judges answers."""
-
-    def score(self, rollouts: Rollouts) -> Scores:
-        """The raw score of each sample, in their order."""
-        ...
