@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 A = TypeVar("A")
 T = TypeVar("T")
+Method = Callable[[Any, Any], Any]
 
 DEATHS = (
     ray.exceptions.RayActorError,
@@ -63,8 +64,10 @@ class Replica:
     def role(self) -> Any:
         return self._spec.build(self._spec.configuration, self._place)
 
-    def ask(self, method: Callable[[Any, Any], Any], request: Any) -> Any:
-        return getattr(self.role, method.__name__)(request)  # by name: the role may override it
+    def ask(self, method: Method | None, request: Any) -> Any:
+        """The role's answer; no method: build the role, if it is not there yet."""
+        role = self.role
+        return None if method is None else method(role, request)
 
 
 def create_replicas(spec: RoleSpec, store: RayWeightStore) -> tuple[Any, ...]:
@@ -90,10 +93,6 @@ def create_replicas(spec: RoleSpec, store: RayWeightStore) -> tuple[Any, ...]:
         raise ConfigError(f"pool {spec.name}", config.model_dump(exclude_defaults=True), str(error)) from None
 
 
-def present(role: Any, _: None) -> None:
-    """Asked of a replica to know that its role is built."""
-
-
 # ----------------------------------------------------------------------------------------------------------- in the client
 
 
@@ -106,7 +105,8 @@ class Asked(Generic[A]):
     """A request on its way: `Answer` of a RayPool."""
 
     pool: RayPool
-    method: Callable[[Any, Any], A]
+    method: Method | None
+    """None: only be there, built."""
     request: Any
     phase: str
     pinned: int | None = None
@@ -149,7 +149,7 @@ class RayPool:
         self._taker = ThreadPoolExecutor(1, f"pool {name}")
 
     def submit(self, method: Callable[[Any, T], A], request: T, *, phase: str) -> Asked[A]:
-        asked = Asked(self, method, request, phase)
+        asked = Asked[A](self, method, request, phase)
         with self._lock:
             self._waiting.append(asked)
             self._send()
@@ -157,8 +157,8 @@ class RayPool:
 
     def broadcast(self, method: Callable[[Any, T], A], value: T, *, phase: str) -> list[A]:
         """The answers, in the order of replicas; one whose restarts are used up has none, PoolError where all are."""
-        answers, gone = [], None
-        for asked in self.ask_all(method, value, phase):
+        answers, gone = list[A](), None
+        for asked in self._ask_all(method, value, phase):
             try:
                 answers.append(asked.result())
             except _Gone as error:
@@ -167,9 +167,15 @@ class RayPool:
             raise gone
         return answers
 
-    def ask_all(self, method: Callable[[Any, T], A], value: T, phase: str) -> list[Asked[A]]:
+    def build(self) -> list[Asked[None]]:
+        """Have every replica build its role."""
+        return self._ask_all(None, None, "start")
+
+    def _ask_all(self, method: Method | None, value: Any, phase: str) -> list[Asked[Any]]:
         """One request per replica, each pinned to its own."""
-        everyone = [Asked(self, method, value, phase, pinned=index) for index in range(len(self._actors))]
+        everyone = [
+            Asked[Any](self, method, value, phase, pinned=index) for index in range(len(self._actors))
+        ]
         with self._lock:
             for asked in everyone:
                 self._send_pinned(asked)
@@ -267,7 +273,7 @@ class RayPool:
         log.warning("pool %s: replica %d died; it is being rebuilt", self.name, replica)
         self._away[replica] = []
         again = self._actors[replica].ask.options(max_task_retries=-1)
-        self._when_done(again.remote(present, None), self._rebuilt, replica)
+        self._when_done(again.remote(None, None), self._rebuilt, replica)
 
     def _rebuilt(self, replica: int, done: Future[Any]) -> None:
         error = done.exception()
@@ -282,7 +288,7 @@ class RayPool:
             elif isinstance(error, DEATHS):
                 self._rebuild(replica)
             elif error is not None:
-                asked = Asked(self, present, None, "rebuild", replica=replica)
+                asked = Asked[Any](self, None, None, "rebuild", replica=replica)
                 self._broken = self._original(asked, error)
             for asked in pinned:
                 self._send_pinned(asked)

@@ -19,7 +19,7 @@ import torch
 
 from fmray.config.pools import PoolConfig
 from fmray.runtime.pool import Answer, LocalPools, Pool, PoolPlan, Pools
-from fmray.runtime.ray_pool import Asked, RayPool, create_replicas, present
+from fmray.runtime.ray_pool import Asked, RayPool, create_replicas
 from fmray.runtime.ray_tensors import carry_tensors
 from fmray.runtime.ray_weights import RayWeightStore
 from fmray.runtime.weights import WeightStore
@@ -136,7 +136,7 @@ def _wait_until_ready(handles: PoolHandles) -> None:
     asked: list[tuple[float, Asked[None]]] = []
     for spec in handles.plan.roles:
         pool = RayPool(spec.name, spec.pool, handles.actors.get(spec.name, ()))
-        asked += [(spec.pool.start_timeout_seconds, one) for one in pool.ask_all(present, None, "start")]
+        asked += [(spec.pool.start_timeout_seconds, one) for one in pool.build()]
     for limit in sorted({limit for limit, _ in asked}):
         left = began + limit - time.monotonic()
         done, _ = wait([one.outcome for _, one in asked], max(0.0, left), FIRST_EXCEPTION)
