@@ -121,7 +121,7 @@ def gpt2(folder: Path, labels: int = 1, **keys: Any) -> Path:
         num_labels=labels,
         initializer_range=0.3,
     )
-    return save_judge(GPT2ForSequenceClassification(config), folder, **{"pad_token_id": 0} | keys)
+    return save_judge(GPT2ForSequenceClassification(config), folder, **{"pad_token_id": 1} | keys)
 
 
 def t5(folder: Path, labels: int = 2, **keys: Any) -> Path:
