@@ -100,6 +100,10 @@ def _theirs(peer: Any, ids_BP: Tensor, mask_BP: Tensor, sampling: Sampling, seed
     ).cpu()
     seconds = time.perf_counter() - started
     answer_BT = out_BL[:, 1:] if peer.config.is_encoder_decoder else out_BL[:, ids_BP.shape[1] :]
-    ended_BT = (answer_BT == sampling.eos_id).cumsum(dim=1)
-    real_BT = (ended_BT == 0) | ((answer_BT == sampling.eos_id) & (ended_BT == 1))
-    return int(real_BT.sum()) / seconds
+    return real_tokens(answer_BT, sampling.eos_id) / seconds
+
+
+def real_tokens(answer_BT: Tensor, eos_id: int) -> int:
+    """Tokens up to and including each row's first EOS."""
+    ends_before_BT = (answer_BT == eos_id).cumsum(dim=1) - (answer_BT == eos_id).long()
+    return int((ends_before_BT == 0).sum())

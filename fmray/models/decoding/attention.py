@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmray.errors import DataError
-
-NEVER = torch.finfo(torch.float32).min
-"""Added to the score of a column that must not be seen; finite, so that a row which may see nothing stays a number."""
+from fmray.models.decoding.weights import DTYPES, Precision
 
 
 def aligned(ids_NP: Tensor, mask_NP: Tensor, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
@@ -40,10 +38,13 @@ def aligned(ids_NP: Tensor, mask_NP: Tensor, side: Literal["left", "right"]) -> 
     return torch.where(mask_NP, ids_NP.gather(1, order_NP), 0), mask_NP
 
 
-def hiding(mask_BL: Tensor) -> Tensor:
-    """Scores to add so that only columns under the mask are seen, float32 [B, 1, 1, L]."""
-    scores_BL = torch.zeros(mask_BL.shape, device=mask_BL.device).masked_fill_(~mask_BL, NEVER)
-    return scores_BL[:, None, None, :]
+def hiding(mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scores to add so that only columns under the mask are seen, [B, 1, 1, L].
+
+    The lowest finite number, so that a row which may see nothing stays a number.
+    """
+    scores_BL = torch.zeros(mask_BL.shape, dtype=dtype, device=mask_BL.device)
+    return scores_BL.masked_fill_(~mask_BL, torch.finfo(dtype).min)[:, None, None, :]
 
 
 def attend_all(q_BHTW: Tensor, k_BHSW: Tensor, v_BHSW: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,7 +52,6 @@ def attend_all(q_BHTW: Tensor, k_BHSW: Tensor, v_BHSW: Tensor, bias: Tensor | No
     groups = q_BHTW.shape[1] // k_BHSW.shape[1]
     if groups > 1:
         k_BHSW, v_BHSW = (x.repeat_interleave(groups, dim=1) for x in (k_BHSW, v_BHSW))
-    bias = None if bias is None else bias.to(q_BHTW.dtype).clamp_min(torch.finfo(q_BHTW.dtype).min)
     seen_BHTW = F.scaled_dot_product_attention(q_BHTW, k_BHSW, v_BHSW, attn_mask=bias, scale=1.0)
     return seen_BHTW.transpose(1, 2).flatten(2)
 
@@ -79,7 +79,7 @@ class KeyValues:
     def empty(
         layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> KeyValues:
-        """Room for `layers` layers of shape [B, H, L, W]."""
+        """Room for that many layers of shape [B, H, L, W]."""
         rooms = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
         return KeyValues(rooms[:layers], rooms[layers:])
 
@@ -92,6 +92,6 @@ class KeyValues:
                 held[layer] = new_KHLW
 
 
-def cache_dtype(matrix_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def cache_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """float32 on a CPU, whose small bf16 products are slower than float32 ones; elsewhere the matrices' own."""
-    return torch.float32 if device.type == "cpu" else matrix_dtype
+    return torch.float32 if device.type == "cpu" else DTYPES[precision]

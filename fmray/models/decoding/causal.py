@@ -21,7 +21,7 @@ from fmray.models.decoding.attention import (
     cache_dtype,
     hiding,
 )
-from fmray.models.decoding.weights import DTYPES, Matrix, Precision
+from fmray.models.decoding.weights import Matrix, Precision
 
 Attention = Callable[[int, Tensor], Tensor]
 """(layer, its fused queries, keys and values [M, (G + 2) · H · W]) to what the heads saw [M, G · H · W]."""
@@ -90,10 +90,10 @@ class CausalDecoder(ABC):
         x_NPD = self.embed(ids_NP, positions_NP.clamp_min(0))
         padded = bool((lengths_N < columns).any())
         causal_PP = torch.ones(columns, columns, dtype=torch.bool, device=self.device).tril()
-        bias = hiding(causal_PP[None]).view(1, 1, columns, columns)
+        dtype = cache_dtype(self.precision, self.device)
+        bias = hiding(causal_PP, dtype).view(1, 1, columns, columns)
         if padded:
-            bias = torch.minimum(bias, hiding(mask_NP))
-        dtype = cache_dtype(DTYPES[self.precision], self.device)
+            bias = torch.minimum(bias, hiding(mask_NP, dtype))
         self._kv = KeyValues.empty(
             self.layers, (samples, self.heads, columns + max_new_tokens, self.width), dtype, self.device
         )
@@ -111,7 +111,7 @@ class CausalDecoder(ABC):
         self._hidden_BL = None
         if padded:
             room_N = mask_NP.new_ones((prompts, max_new_tokens))
-            self._hidden_BL = hiding(torch.cat([mask_NP, room_N], dim=1))[prompt_of_B, 0, 0]
+            self._hidden_BL = hiding(torch.cat([mask_NP, room_N], dim=1), dtype)[prompt_of_B, 0, 0]
         return self.logits(x_NPD[:, -1])[prompt_of_B]
 
     def step(self, ids_R: Tensor) -> Tensor:
@@ -120,7 +120,6 @@ class CausalDecoder(ABC):
         bias = None
         if self._hidden_BL is not None:
             bias = self._hidden_BL[:, None, : column + 1].repeat_interleave(self.heads, dim=0)
-            bias = bias.to(self._kv.keys[0].dtype)
 
         def attention(layer: int, qkv_RX: Tensor) -> Tensor:
             keys, values = self._kv.keys[layer], self._kv.values[layer]

@@ -30,7 +30,7 @@ class _Layer:
     def __init__(self, block: Any, precision: Precision) -> None:
         attention = block.attn
         self.norm_1, self.norm_2 = _Norm(block.ln_1), _Norm(block.ln_2)
-        self.qkv = Matrix([attention.c_attn], precision, scale=attention.scaling, scaled=attention.embed_dim)
+        self.qkv = Matrix([attention.c_attn], precision, scaled=(attention.embed_dim, attention.scaling))
         self.out = Matrix([attention.c_proj], precision)
         self.up, self.down = Matrix([block.mlp.c_fc], precision), Matrix([block.mlp.c_proj], precision)
         self.act = activation(block.mlp.act)

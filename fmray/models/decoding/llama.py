@@ -21,8 +21,7 @@ class _Layer:
             [attention.q_proj, attention.k_proj, attention.v_proj],
             precision,
             gain_K=effective_weight(block.input_layernorm),
-            scale=attention.scaling,  # rotating keeps it
-            scaled=attention.q_proj.out_features,
+            scaled=(attention.q_proj.out_features, attention.scaling),  # rotating keeps the scale
         )
         self.out = Matrix([attention.o_proj], precision)
         gain_K = effective_weight(block.post_attention_layernorm)

@@ -21,7 +21,6 @@ from fmray.models.decoding.attention import (
     hiding,
 )
 from fmray.models.decoding.weights import (
-    DTYPES,
     Matrix,
     Precision,
     activation,
@@ -158,8 +157,13 @@ class T5Decoder:
     def _read(self, ids_NS: Tensor, mask_NS: Tensor, prompt_of_B: Tensor) -> None:
         """Encode each prompt once; keys and values of every decoder layer, spread over the samples."""
         prompts, columns = ids_NS.shape
-        self._dtype = cache_dtype(DTYPES[self.precision], self.device)
-        bias = _position_bias(self._model.encoder, columns) + hiding(mask_NS)
+        self._dtype = cache_dtype(self.precision, self.device)
+        bias = _position_bias(self._model.encoder, columns).to(self._dtype)
+        self._hidden_BS = None
+        if not bool(mask_NS.all()):
+            hidden = hiding(mask_NS, self._dtype)
+            bias = bias + hidden
+            self._hidden_BS = hidden[prompt_of_B, 0, 0]
 
         def attention(qkv_MX: Tensor) -> Tensor:
             heads = qkv_MX.to(self._dtype).view(prompts, columns, 3, self.heads, self.width)
@@ -174,12 +178,9 @@ class T5Decoder:
         keys, values = [], []
         for _, source, _ in self._decoder:
             kv = source.kv(x_MD).to(self._dtype).view(prompts, columns, 2, self.heads, self.width)
-            k_BHSW, v_BHSW = kv.permute(2, 0, 3, 1, 4)[:, prompt_of_B]
-            keys.append(k_BHSW.contiguous())
-            values.append(v_BHSW.contiguous())
+            keys.append(kv[:, :, 0].transpose(1, 2).index_select(0, prompt_of_B))
+            values.append(kv[:, :, 1].transpose(1, 2).index_select(0, prompt_of_B))
         self._source = KeyValues(keys, values)
-        whole = bool(mask_NS.all())
-        self._hidden_BS = None if whole else hiding(mask_NS)[prompt_of_B, 0, 0].to(self._dtype)
 
 
 def _position_bias(stack: Any, length: int) -> Tensor:

@@ -82,10 +82,10 @@ def _deltas(layer: Any) -> list[Tensor]:
 
 
 class Matrix:
-    """y = x Wᵀ + b of one or several layers that read the same x, stacked along their outputs; a copy of its own.
+    """y = x Wᵀ + b of one or several layers that read the same x, stacked along their outputs, as they are now.
 
-    gain_K: factors on the inputs (a norm's weight). scale: a factor on the first `scaled` outputs, bias too (what attention
-    multiplies its scores with, on the queries).
+    gain_K: factors on the inputs (a norm's weight). scaled: (n, factor) multiplies the first n outputs, bias too (the
+    queries by what the attention scales its scores with). A change of the layers asks for a new Matrix.
     """
 
     def __init__(
@@ -94,25 +94,24 @@ class Matrix:
         precision: Precision,
         *,
         gain_K: Tensor | None = None,
-        scale: float = 1.0,
-        scaled: int | None = None,
+        scaled: tuple[int, float] | None = None,
     ) -> None:
         weights = [effective_weight(layer) for layer in layers]
         biases = [effective_bias(layer) for layer in layers]
-        weight_NK = torch.cat(weights)
-        weight_NK[:scaled] *= scale
+        weight_NK = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bias_N = torch.cat(
+            [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        )
         if gain_K is not None:
-            weight_NK *= gain_K
+            weight_NK = weight_NK * gain_K
+        if scaled is not None:
+            factor_N = torch.ones_like(bias_N)
+            factor_N[: scaled[0]] = scaled[1]
+            weight_NK, bias_N = weight_NK * factor_N[:, None], bias_N * factor_N
         self._dtype = DTYPES[precision]
-        self._bias = None
-        if any(bias is not None for bias in biases):
-            bias_N = torch.cat(
-                [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
-            )
-            bias_N[:scaled] *= scale
-            self._bias = bias_N.to(self._dtype)
+        self._bias = None if all(bias is None for bias in biases) else bias_N.to(self._dtype)
         self._weight = weight_NK.to(self._dtype).contiguous()
-        self._packed = packs(self._weight.device)
+        self._packed = packs(self._weight)
         if self._packed:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACKED_FOR_ROWS)
 
@@ -125,13 +124,14 @@ class Matrix:
         return F.linear(x_MK, self._weight, self._bias)
 
 
-def packs(device: torch.device) -> bool:
-    """Whether matrices on this device take oneDNN's packed layout."""
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    there = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    )
-    return device.type == "cpu" and available and there
+def packs(weight: Tensor) -> bool:
+    """Whether oneDNN packs such a matrix here: on a CPU, bf16 where the processor multiplies it."""
+    ops = torch.ops.mkldnn  # private names: a torch without them multiplies as usual
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if not (hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")):
+        return False
+    return weight.dtype == torch.float32 or bool(ops._is_mkldnn_bf16_supported())
 
 
 def activation(module: nn.Module | str) -> Callable[[Tensor], Tensor]:

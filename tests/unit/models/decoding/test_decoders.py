@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fmray.errors import ConfigError, DataError
+from fmray.models.decoding import causal, t5, weights
 from fmray.models.decoding import generate as generate_module
 from fmray.models.decoding.any import AnyCausalDecoder, AnySeq2SeqDecoder
 from fmray.models.decoding.generate import Generated, Sampling, generate, make_decoder
+from fmray.models.decoding.weights import Precision
 from tests.unit.models.decoding.policies import (
     EOS,
     MAKERS,
@@ -204,6 +206,33 @@ def test_bf16_stays_near(name: str) -> None:
     assert got.dtype == torch.float32
     error = (got - expected).square().mean().sqrt() / expected.std()
     assert 1e-5 < error < 0.03
+
+
+@pytest.mark.parametrize("name", OWN_STEPS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_matrices_that_cannot_be_packed_do_too(
+    name: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an accelerator runs: plain products, and a cache in the matrices' precision."""
+    monkeypatch.setattr(weights, "packs", lambda weight: False)
+    for module in (causal, t5):
+        monkeypatch.setattr(module, "cache_dtype", lambda precision, device: weights.DTYPES[precision])
+    model = policy(name)
+    answer_BT = torch.randint(0, VOCABULARY, (len(THREE_EACH), 8))
+    expected = forward_logits(model, *aligned_prompts(THREE_EACH), answer_BT)
+    error = forced_logits(make_decoder(model, precision), THREE_EACH, answer_BT) - expected
+    assert error.square().mean().sqrt() / expected.std() < {"fp32": 1e-5, "bf16": 0.04}[precision]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@every_policy
+def test_the_same_tokens_on_an_accelerator(name: str) -> None:
+    model = policy(name)
+    here = answers(model)
+    there = answers(model.cuda())
+    assert torch.equal(there.ids_BT.cpu(), here.ids_BT)
+    torch.testing.assert_close(there.logp_BT.cpu(), here.logp_BT, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
