@@ -43,11 +43,11 @@ class _SelfAttention:
 
 
 class _CrossAttention:
-    def __init__(self, layer: Any, precision: Precision) -> None:
+    def __init__(self, layer: Any, precision: Precision, source_gain_K: Tensor) -> None:
         attention = layer.EncDecAttention
         self.epsilon = layer.layer_norm.variance_epsilon
         self.q = Matrix([attention.q], precision, gain_K=effective_weight(layer.layer_norm))
-        self.kv = Matrix([attention.k, attention.v], precision)
+        self.kv = Matrix([attention.k, attention.v], precision, gain_K=source_gain_K)
         self.out = Matrix([attention.o], precision)
 
     def __call__(self, x_MD: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
@@ -94,17 +94,17 @@ class T5Decoder:
             (_SelfAttention(block.layer[0], precision), _FeedForward(block.layer[1], precision))
             for block in model.encoder.block
         ]
+        source_gain_K = effective_weight(model.encoder.final_layer_norm)
         self._decoder = [
             (
                 _SelfAttention(block.layer[0], precision),
-                _CrossAttention(block.layer[1], precision),
+                _CrossAttention(block.layer[1], precision, source_gain_K),
                 _FeedForward(block.layer[2], precision),
             )
             for block in model.decoder.block
         ]
         self._source_words = effective_weight(model.encoder.embed_tokens)  # an adapter may part them
         self._words = effective_weight(model.decoder.embed_tokens)
-        self._encoder_gain = effective_weight(model.encoder.final_layer_norm)
         gain_K = effective_weight(model.decoder.final_layer_norm)
         if model.config.scale_decoder_outputs:  # T5 1.0, whose head is its embedding
             gain_K = gain_K * model.model_dim**-0.5
@@ -173,8 +173,7 @@ class T5Decoder:
         x_MD = F.embedding(ids_NS, self._source_words).flatten(0, 1)
         for own, feed_forward in self._encoder:
             x_MD = feed_forward(own(x_MD, attention))
-        epsilon = self._model.encoder.final_layer_norm.variance_epsilon
-        x_MD = rms_normed(x_MD, epsilon) * self._encoder_gain
+        x_MD = rms_normed(x_MD, self._model.encoder.final_layer_norm.variance_epsilon)
         keys, values = [], []
         for _, source, _ in self._decoder:
             kv = source.kv(x_MD).to(self._dtype).view(prompts, columns, 2, self.heads, self.width)
