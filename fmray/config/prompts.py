@@ -54,7 +54,7 @@ class HubPromptSource(Section):
 
 def prompt_kind(value: Any) -> str:
     """The `kind` of a source of prompts given as keys or as a section; reviews where it is not said."""
-    return str(value.get("kind", "reviews") if isinstance(value, dict) else value.kind)
+    return str(value.get("kind", "reviews") if isinstance(value, dict) else getattr(value, "kind", ""))
 
 
 PromptSourceConfig = Annotated[

@@ -24,6 +24,7 @@ def evaluate(learner: PpoLearner, version: int, context: Context) -> Metrics:
     """
     started = time.perf_counter()
     judged = learner.crew.on_test_prompts(version)
+    learner.bank.count_failures(judged.raw, judged.rollouts, judged.failures)
     metrics = scores_of(judged, learner)
     rollouts, mask_BT = judged.rollouts, judged.rollouts.mask_BT
     reference_BT = judged.reference_logp_BT

@@ -67,10 +67,12 @@ def test_6_23_local_and_ray_give_one_curve(ray_session: None, family: str, tmp_p
 
 def processes_of(role: str) -> list[int]:
     """Ids of the living actors that hold a role, or of the learners."""
+    import ray
     from ray.util.state import list_actors
 
     found = []
-    for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=200):
+    here = ray.get_runtime_context().gcs_address  # other tests may have clusters of their own
+    for actor in list_actors(here, filters=[("state", "=", "ALIVE")], limit=200):
         named = str(actor.get("repr_name") or actor.get("class_name") or "")
         if role in named and actor.get("pid"):
             found.append(int(actor["pid"]))
