@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 from fmray.config.loading import HelpRequested, load_config
 from fmray.config.recipes import EVALUATE_RECIPES, PRETRAIN_RECIPES, SERVE_RECIPES
+from fmray.config.reward import RewardModelConfig
+from fmray.config.reward_recipes import REWARD_MODEL_RECIPES
 from fmray.config.rlhf import RlhfConfig
 from fmray.config.rlhf_recipes import RLHF_RECIPES
 from fmray.config.schema import EvaluateRunConfig, PretrainConfig, ServeConfig
@@ -30,6 +32,21 @@ def pretrain(arguments: Arguments) -> int:
     check_pretrain(config)
     outcome = launch(work, config, steps=config.train.steps)
     say(f"{outcome.steps} steps; checkpoints and metrics in {config.run.storage}/{config.run.name}")
+    return 0 if outcome.finished else TEMPORARY_FAILURE
+
+
+def reward(arguments: Arguments) -> int:
+    """Train a reward model on labelled texts, pairs of answers or rankings."""
+    config = load_config(RewardModelConfig, REWARD_MODEL_RECIPES, arguments, door="fmray reward")
+    from fmray.runtime.launch import launch
+    from fmray.training.preflight import check_reward
+    from fmray.training.reward_model import train_reward_model as work
+
+    check_reward(config)
+    outcome = launch(work, config, steps=config.train.steps)
+    say(
+        f"{outcome.steps} steps; model, metrics and evaluation.json in {config.run.storage}/{config.run.name}"
+    )
     return 0 if outcome.finished else TEMPORARY_FAILURE
 
 
@@ -111,6 +128,7 @@ def benchmark(arguments: Arguments) -> int:
 
 DOORS: dict[str, Callable[[Arguments], int]] = {
     "pretrain": pretrain,
+    "reward": reward,
     "rlhf": rlhf,
     "evaluate": evaluate,
     "serve": serve,

@@ -33,7 +33,7 @@ def describe(root: type[Section], recipes: Mapping[str, Callable[[], Any]], door
     ]
     if recipes:
         lines.append("recipes:")
-        lines += [f"  {name:<16}{_one_line(make.__doc__)}" for name, make in recipes.items()]
+        lines += [f"  {name:<18}{_one_line(make.__doc__)}" for name, make in recipes.items()]
         lines.append("")
     lines.append("keys:")
     lines += _Keys().section(root, _defaults(root), "")

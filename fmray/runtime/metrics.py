@@ -19,6 +19,7 @@ Reporter = Callable[[int, Metrics], None]
 METRICS: dict[str, str] = {
     "train/loss": "Loss of the global batch.",
     "train/batch_accuracy": "Share of images whose nearest caption in the rank's batch is theirs, 0..1.",
+    "train/accuracy": "Share of the batch's labels, or of its pairs of answers, judged as people did, 0..1.",
     "train/logit_scale": "Exponentiated temperature that scales the cosines.",
     "train/gradient_norm": "Norm of the averaged gradient before clipping.",
     "train/learning_rate": "Highest learning rate of the parts.",
@@ -33,8 +34,8 @@ METRICS: dict[str, str] = {
     "time/credit": "Seconds of the learner's own forward passes and of the advantages.",
     "time/learn": "Seconds of the optimizer steps.",
     "time/refresh": "Seconds of publishing the weights and loading them in every replica.",
-    "train/samples_per_second": "Samples of an iteration over its time.",
-    "train/tokens_per_second": "Response tokens of an iteration over its time.",
+    "train/samples_per_second": "Samples of a step or iteration over its time.",
+    "train/tokens_per_second": "Tokens of a step (of an iteration: response tokens) over its time.",
     "ppo/kl": "KL to the reference policy of a whole answer, in nats, mean over samples.",
     "ppo/kl_coefficient": "Weight of the KL penalty.",
     "ppo/score": "Combined reward of a sample, after the missing-EOS rule.",
@@ -220,13 +221,14 @@ class PrometheusReporter:
 
 SHOWN = {
     "train/loss": "loss {:.3f}",
+    "train/accuracy": "accuracy {:.2f}",
     "ppo/score": "score {:.3f}",
     "ppo/kl": "kl {:.2f}",
     "train/images_per_second": "{:.0f} images/s",
     "train/samples_per_second": "{:.1f} samples/s",
 }
 """What stands behind the progress bar."""
-HEADLINES = ("/r1", "/r5", "eval/score", "eval/kl", "eval/accuracy")
+HEADLINES = ("/r1", "/r5", "eval/score", "eval/kl", "/accuracy")
 """Endings of the evaluation metrics that are printed as they come."""
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from fmray.config.reward import RewardModelConfig
 from fmray.config.schema import PretrainConfig
 from fmray.data.sources import open_source
+from fmray.data.verdicts import open_verdicts, reference_texts
+from fmray.models.reward_model import model_config
 from fmray.models.towers import load_tokenizer, tower_config
+from fmray.training.reward_model import learns_with_trl
 
 
 def check_pretrain(config: PretrainConfig) -> None:
@@ -15,3 +19,14 @@ def check_pretrain(config: PretrainConfig) -> None:
         tower_config(config.model.vision, "model.vision", None)
         tower_config(config.model.text, "model.text", None)
         load_tokenizer(config.model.text, "model.text")
+
+
+def check_reward(config: RewardModelConfig) -> None:
+    """Raises ConfigError, DataError or AssetError in one line."""
+    verdicts = open_verdicts(config.data)
+    if config.normalize.texts is not None:
+        reference_texts(config.normalize.texts)
+    if learns_with_trl(config, model_config(config.model, verdicts.labels)):
+        from fmray.training.reward_trl import check_trl
+
+        check_trl(config)
