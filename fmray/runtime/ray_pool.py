@@ -50,6 +50,8 @@ UNSENDABLE = (TypeError, ValueError, AttributeError, pickle.PicklingError, ray.e
 class Replica:
     """The actor. Its role is built by the first who asks, so that what goes wrong in building is told as an answer is."""
 
+    _name = "replica"  # until __init__ is done, and where it cannot be
+
     def __init__(self, spec: RoleSpec, index: int, store: RayWeightStore) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         prepare_process(RuntimeConfig(threads=spec.pool.threads or math.ceil(spec.pool.cpus)))
@@ -96,7 +98,7 @@ def create_replicas(spec: RoleSpec, store: RayWeightStore) -> tuple[Any, ...]:
 # ----------------------------------------------------------------------------------------------------------- in the client
 
 
-class _Gone(PoolError):
+class ReplicaLost(PoolError):
     """A replica whose restarts are used up was to be asked."""
 
 
@@ -161,7 +163,7 @@ class RayPool:
         for asked in self._ask_all(method, value, phase):
             try:
                 answers.append(asked.result())
-            except _Gone as error:
+            except ReplicaLost as error:
                 gone = error
         if gone is not None and not answers:
             raise gone
@@ -210,7 +212,7 @@ class RayPool:
         if self._broken is not None:
             asked.outcome.set_exception(self._broken)
         elif replica in self._lost:
-            asked.outcome.set_exception(_Gone(str(self.error(asked, self._lost[replica]))))
+            asked.outcome.set_exception(ReplicaLost(str(self.error(asked, self._lost[replica]))))
         elif replica in self._away:
             self._away[replica].append(asked)
         else:

@@ -127,3 +127,11 @@ class SlowToBuild:
 
     def __init__(self, seconds: float, place: Place) -> None:
         time.sleep(seconds)
+
+
+def ended(pid: int, seconds: float = 30.0) -> bool:
+    """Whether a process ends in this time."""
+    deadline = time.monotonic() + seconds
+    while (there := Path(f"/proc/{pid}").exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ import torch
 from fmray.config.pools import PoolConfig
 from fmray.errors import ConfigError, PoolError, ResourceError
 from fmray.runtime.pool import PoolPlan, Pools, RoleSpec
-from tests.contract.roles import BuildableOnce, Player, Samples, SlowToBuild, Unbuildable
+from tests.contract.roles import BuildableOnce, Player, Samples, SlowToBuild, Unbuildable, ended
 from tests.contract.test_pools import samples
 from tests.contract.test_weights import assert_same, buckets, fetched
 
@@ -205,6 +206,20 @@ def test_a_role_that_cannot_be_built_ends_the_start_with_its_own_error(ray_sessi
     assert time.monotonic() - began < 60  # not for ever, and not until the slow one is there
 
 
+def test_a_module_that_the_replicas_cannot_import_is_named(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fmray.runtime.ray_pools import running_pools
+
+    (tmp_path / "my_rewards.py").write_text("class Mine:\n    def __init__(self, key, place): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))  # of this process alone
+    mine = importlib.import_module("my_rewards").Mine
+    plan = PoolPlan((RoleSpec("reward.mine", mine, None, config(max_restarts=-1)),))
+    pattern = "pool reward.mine, replica 0, phase start: .* No module named 'my_rewards'"
+    with pytest.raises(PoolError, match=pattern), running_pools(plan):
+        pass
+
+
 def test_a_role_that_cannot_be_rebuilt_ends_the_run_with_its_own_error(pools: Pools) -> None:
     pool = pools["gone"]
     with pytest.raises(ConfigError, match="'gone': no such model"):
@@ -300,10 +315,7 @@ def test_nothing_is_left_when_the_run_is_over(ray_session: None) -> None:
     pid = handles.client(CPU)["rollout"].broadcast(Player.pid, None, phase="who")[0]
     with pytest.raises(KeyboardInterrupt), interrupted:
         raise KeyboardInterrupt
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not Path(f"/proc/{pid}").exists()
+    assert ended(pid)
     with pytest.raises(PoolError, match="weights: the shelf is lost"):
         handles.store.newest()
 
