@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray.train
@@ -30,16 +30,26 @@ from fmray.runtime.context import (
     prepare_process,
     stop_on_sigterm,
 )
-from fmray.runtime.metrics import EVALUATION, METRICS, ProgressBar, make_reporters, prometheus_name
+from fmray.runtime.metrics import (
+    EVALUATION,
+    FAMILIES,
+    METRICS,
+    ProgressBar,
+    Reporter,
+    family_of,
+    make_reporters,
+    prometheus_name,
+)
+from fmray.runtime.oversight import NO_OVERSIGHT, Oversight, stop_file
 from fmray.runtime.pool import PoolPlan
 from fmray.runtime.ray_cluster import connected, require_resources
+from fmray.runtime.ray_pools import pool_resources, running_pools
 from fmray.runtime.run_folder import RunFolder
 from fmray.types import Metrics
 
 log = logging.getLogger(__name__)
 
 OUTCOME = "outcome.json"
-STOP_POLL_SECONDS = 0.5
 
 
 def run_on_ray(
@@ -48,18 +58,20 @@ def run_on_ray(
     folder: RunFolder,
     steps: int,
     plan: PoolPlan,
+    oversight: Oversight = NO_OVERSIGHT,
 ) -> Outcome:
-    """Run the work on `config.runtime.workers` ranks; raises what a rank raised, or ResourceError before it starts."""
+    """Run the work on `config.runtime.workers` ranks beside the plan's pools.
+
+    Raises what a rank raised, ResourceError before anything starts, or what kept a pool from being ready.
+    """
     runtime: RuntimeConfig = config.runtime
-    with connected(runtime.address):
-        count = min(runtime.worker_counts)
-        wanted = {name: each * count for name, each in _resources(runtime).items()}
-        cure = "lower runtime.workers, runtime.cpus_per_worker or runtime.gpus_per_worker"
-        require_resources(wanted, f"runtime.workers={count}", cure)
+    with connected(runtime.address), ExitStack() as stack:
+        _require(runtime, plan)
         folder.remove(OUTCOME)
+        pools = stack.enter_context(running_pools(plan))
         trainer = TorchTrainer(
             _rank,
-            train_loop_config={"work": work, "config": config, "folder": folder},
+            train_loop_config={"work": work, "config": config, "folder": folder, "pools": pools},
             torch_config=TorchConfig(backend="nccl" if runtime.gpus_per_worker >= 1 else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=runtime.workers,
@@ -73,13 +85,26 @@ def run_on_ray(
                 worker_runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
             ),
         )
-        with watching(folder, config, steps):
+        with watching(folder, config, steps, oversight):
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
                 raise _cause(error, folder) from None
     told = json.loads(folder.read_text(OUTCOME))
     return Outcome(**told)
+
+
+def _require(runtime: RuntimeConfig, plan: PoolPlan) -> None:
+    """Refuse what the learners and the pools can never have together."""
+    count, pools = min(runtime.worker_counts), pool_resources(plan)
+    wanted = Counter({name: each * count for name, each in _resources(runtime).items()})
+    wanted.update(pools)
+    what = f"runtime.workers={count}"
+    cure = "lower runtime.workers, runtime.cpus_per_worker or runtime.gpus_per_worker"
+    if pools:
+        what += " and the pools " + ", ".join(f"{spec.name}×{spec.pool.replicas}" for spec in plan.roles)
+        cure += ", or the pools' replicas, cpus, gpus or resources"
+    require_resources(dict(wanted), what, cure)
 
 
 def _resources(runtime: RuntimeConfig) -> dict[str, float]:
@@ -99,13 +124,15 @@ def _rank(loop: dict[str, Any]) -> None:
     reporters = [_train_reporter()]
     if rank == 0:
         reporters += [*make_reporters(config.report, folder, config.run.name), _prometheus_reporter(config)]
+    device = choose_device(config.runtime.device, here.get_local_rank())
     context = WorkerContext(
         rank=rank,
         world_size=world_size,
-        device=choose_device(config.runtime.device, here.get_local_rank()),
+        device=device,
         folder=folder,
+        pools=loop["pools"].client(device, rank, world_size),
         reporters=reporters,
-        stop_flag=_stop_file(folder),
+        stop_flag=stop_file(folder),
     )
     try:
         outcome = loop["work"](config, context)
@@ -133,43 +160,34 @@ def _prometheus_reporter(config: Any) -> Callable[[int, Metrics], None]:
     """Gauges of the same names as local mode's, through Ray's exporter (which prefixes `ray_`)."""
     tags = {"run": config.run.name}
     gauges = {name: Gauge(prometheus_name(name), doc, ("run",)) for name, doc in METRICS.items()}
-    evaluation = Gauge("fmray_eval", "A measure of the last evaluation.", ("run", "metric"))
+    families = {prefix: Gauge(name, doc, ("run", "metric")) for prefix, (name, doc) in FAMILIES.items()}
     steps = Gauge("fmray_step", "Optimizer steps done.", ("run",))
 
     def tell(step: int, metrics: Metrics) -> None:
         steps.set(step, tags)
         for name, value in metrics.items():
-            if name.startswith(EVALUATION):
-                evaluation.set(value, tags | {"metric": name.removeprefix(EVALUATION)})
+            if (family := family_of(name)) is not None:
+                families[family].set(value, tags | {"metric": name.removeprefix(family)})
             else:
                 gauges[name].set(value, tags)
 
     return tell
 
 
-def _stop_file(folder: RunFolder) -> Callable[[], bool]:
-    """Whether the driver asked to stop; looks at the storage at most twice a second."""
-    seen = {"at": 0.0, "asked": False}
-
-    def asked() -> bool:
-        now = time.monotonic()
-        if not seen["asked"] and now - seen["at"] >= STOP_POLL_SECONDS:
-            seen["at"], seen["asked"] = now, folder.exists("stop")
-        return bool(seen["asked"])
-
-    return asked
-
-
 # ---------------------------------------------------------------------------------------------------------- on the driver
 
 
 @contextmanager
-def watching(folder: RunFolder, config: Any, steps: int) -> Iterator[None]:
-    """Draw progress and pass SIGTERM on, while the workers work."""
+def watching(
+    folder: RunFolder, config: Any, steps: int, oversight: Oversight = NO_OVERSIGHT
+) -> Iterator[None]:
+    """Draw progress, pass reports to the overseer and SIGTERM to the workers, while they work."""
     ended = threading.Event()
     bar = ProgressBar(steps, config.run.name) if config.report.progress and steps else None
+    listeners = [oversight.tell, *([bar] if bar is not None else [])]
     with stop_on_sigterm() as asked:
-        thread = threading.Thread(target=_follow, args=(folder, bar, asked, ended), daemon=True)
+        asks = (asked, oversight.stop)
+        thread = threading.Thread(target=_follow, args=(folder, listeners, asks, ended), daemon=True)
         thread.start()
         try:
             yield
@@ -181,19 +199,23 @@ def watching(folder: RunFolder, config: Any, steps: int) -> Iterator[None]:
 
 
 def _follow(
-    folder: RunFolder, bar: ProgressBar | None, asked: Callable[[], bool], ended: threading.Event
+    folder: RunFolder,
+    listeners: Sequence[Reporter],
+    asks: Sequence[Callable[[], bool]],
+    ended: threading.Event,
 ) -> None:
     seen, told = len(folder.metrics()), False
     while True:
         over = ended.wait(0.5)
-        if asked() and not told:
-            folder.write_text("asked by a signal to the driver\n", "stop")
-            told = True
         lines = folder.metrics()
         for line in lines[min(seen, len(lines)) :]:  # a restarted group cuts lines off
-            if bar is not None:
-                bar(int(line["step"]), {k: v for k, v in line.items() if k not in ("step", "time")})
+            metrics = {name: value for name, value in line.items() if name not in ("step", "time")}
+            for tell in listeners:
+                tell(int(line["step"]), metrics)
         seen = len(lines)
+        if not told and any(ask() for ask in asks):
+            folder.write_text("asked by the driver\n", "stop")
+            told = True
         if over:
             return
 
