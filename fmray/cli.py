@@ -17,6 +17,8 @@ from fmray.config.reward_recipes import REWARD_MODEL_RECIPES
 from fmray.config.rlhf import RlhfConfig
 from fmray.config.rlhf_recipes import RLHF_RECIPES
 from fmray.config.schema import EvaluateRunConfig, PretrainConfig, ServeConfig
+from fmray.config.sweep import SweepConfig
+from fmray.config.sweep_recipes import SWEEP_RECIPES
 from fmray.errors import TEMPORARY_FAILURE, ConfigError, FmrayError
 
 Arguments = Sequence[str]
@@ -60,6 +62,16 @@ def rlhf(arguments: Arguments) -> int:
     outcome = launch(work, config, steps=config.train.iterations, pools=pool_plan(config))
     say(f"{outcome.steps} iterations; checkpoints, metrics and samples in {config.run.storage}/{config.run.name}")
     return 0 if outcome.finished else TEMPORARY_FAILURE
+
+
+def sweep(arguments: Arguments) -> int:
+    """Run a door many times with keys from a space, and show which trade-offs nothing beats."""
+    config = load_config(SweepConfig, SWEEP_RECIPES, arguments, door="fmray sweep")
+    from fmray.pipeline.sweep import run_sweep
+
+    end = run_sweep(config, say)
+    say(end.text)
+    return 0 if end.finished else TEMPORARY_FAILURE
 
 
 def evaluate(arguments: Arguments) -> int:
@@ -130,6 +142,7 @@ DOORS: dict[str, Callable[[Arguments], int]] = {
     "pretrain": pretrain,
     "reward": reward,
     "rlhf": rlhf,
+    "sweep": sweep,
     "evaluate": evaluate,
     "serve": serve,
     "demo": demo,

@@ -7,6 +7,7 @@ FmrayError
  ├─ CheckpointError (OSError)     a checkpoint that is missing, truncated, altered or of another model
  ├─ ResourceError (RuntimeError)  more CPUs, GPUs, disk or ports than there are
  ├─ PoolError (RuntimeError)      an actor pool that does not answer; names pool, replica and phase
+ ├─ SweepError (RuntimeError)     a sweep of which every trial failed; holds the first one's error
  ├─ RewardError (RuntimeError)    a reward that raised, timed out or was no number; names reward and sample
  ├─ MissingExtra (ImportError)    an optional package; names the extra that brings it
  └─ RequestError (ValueError)     an HTTP request that cannot be answered; carries its status code
@@ -59,6 +60,10 @@ class PoolError(FmrayError, RuntimeError):
 
 class RewardError(FmrayError, RuntimeError):
     """A reward that raised, timed out or returned NaN, beyond its budget; the message holds the sample."""
+
+
+class SweepError(FmrayError, RuntimeError):
+    """Every trial of a sweep failed; the message holds the first one's error."""
 
 
 class MissingExtra(FmrayError, ImportError):

@@ -38,8 +38,10 @@ ROOMS_MAY_IMPORT = {
     "training": FOUNDATION | {"runtime", "data", "models", "objectives", "evaluation"},
     "evaluation": FOUNDATION | {"runtime", "data", "models"},
     "serving": FOUNDATION | {"runtime", "data", "models"},
+    "tuning": FOUNDATION | {"runtime"},  # it is handed the doors that it runs
     "rlhf": FOUNDATION | {"runtime", "data", "models", "objectives", "training", "evaluation"},
-    "pipeline": FOUNDATION | {"runtime", "data", "models", "objectives", "training", "evaluation", "serving"},
+    "pipeline": FOUNDATION
+    | {"runtime", "data", "models", "objectives", "training", "evaluation", "rlhf", "tuning", "serving"},
     "benchmarks": FOUNDATION
     | {"runtime", "data", "models", "objectives", "training", "evaluation", "rlhf", "serving"},
 }

@@ -79,13 +79,20 @@ def load_config(root: type[Root], recipes: Recipes[Root], arguments: Sequence[st
             )
         else:
             overrides.append(word)
-    base = _from_recipe(recipe, recipes) or _own_defaults(root)
     together: dict[str, Any] = {}  # first with each other: their order must not matter
     for override in map(parse_override, overrides):
         together = merge(together, override)
-    for layer in [*layers, together]:
+    return validate(root, compose(root, recipes, recipe, [*layers, together]))
+
+
+def compose(
+    root: type[Root], recipes: Recipes[Root], recipe: str | None, layers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Nested keys of a recipe (None: the root's own defaults) with layers over it, the last one on top; not yet checked."""
+    base = _from_recipe(recipe, recipes) or _own_defaults(root)
+    for layer in layers:
         base = merge(base, layer)
-    return validate(root, base)
+    return base
 
 
 def _from_recipe(name: str | None, recipes: Recipes[Root]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: 
     y = Axis(low, high, HEIGHT - BOTTOM, TOP)
     summary = "; ".join(f"{line.name} ends at {number(line.finite[-1][1])}" for line in lines if line.finite)
     body = "".join(
-        [*_grid(x, y), *(part for i, line in enumerate(lines) for part in _line(line, i % COLORS, x, y))]
+        [*grid(x, y), *(part for i, line in enumerate(lines) for part in _line(line, i % COLORS, x, y))]
     )
     description = escape(f"{y_label} over {x_label}: {summary or 'no values'}")
     middle = (LEFT + WIDTH - RIGHT) / 2
@@ -80,7 +80,8 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: 
     )
 
 
-def _grid(x: Axis, y: Axis) -> Iterator[str]:
+def grid(x: Axis, y: Axis) -> Iterator[str]:
+    """Horizontal rules, the axis, and the numbers along both."""
     for value in ticks(y.low, y.high):
         at = f"{y.at(value):.1f}"
         yield f'<line class="grid" x1="{x.start}" x2="{x.end}" y1="{at}" y2="{at}"/>'

@@ -21,6 +21,7 @@ from PIL import Image
 from fmray.config.schema import ImageConfig
 from fmray.data.transforms import decode_rgba
 from fmray.pipeline.charts import COLORS, Line, line_chart, number
+from fmray.pipeline.scatter import Point, color_span, scatter_chart
 
 THUMBNAIL = ImageConfig(size=144, fit="pad")
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -44,6 +45,18 @@ class LineChart:
     x_label: str
     y_label: str
     from_zero: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScatterChart:
+    """Points in a plane, a third number as their colour. `ScatterChart("Trade-off", points, "sentiment", "grammar", "kl")`."""
+
+    title: str
+    points: tuple[Point, ...]
+    x_label: str
+    y_label: str
+    color_label: str = ""
     note: str = ""
 
 
@@ -127,7 +140,7 @@ class Code:
     collapsed: bool = True
 
 
-Section = LineChart | Gallery | Matrix | Table | Bars | Text | Code
+Section = LineChart | ScatterChart | Gallery | Matrix | Table | Bars | Text | Code
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +181,9 @@ def _tile(tile: Tile) -> str:
 
 
 def _section(section: Section, anchor: str) -> str:
-    half = isinstance(section, LineChart | Bars) or (isinstance(section, Table) and not section.wide)
+    half = isinstance(section, LineChart | ScatterChart | Bars) or (
+        isinstance(section, Table) and not section.wide
+    )
     note = "" if isinstance(section, Text | Code) or not section.note else f"<p>{escape(section.note)}</p>"
     body = _BODY[type(section)](section)
     return (
@@ -185,6 +200,18 @@ def _line_chart(chart: LineChart) -> str:
     ]
     svg = line_chart(chart.lines, chart.x_label, chart.y_label, from_zero=chart.from_zero)
     return f'<ul class="legend">{"".join(names)}</ul>{svg}'
+
+
+def _scatter(chart: ScatterChart) -> str:
+    low, high = (number(end) for end in color_span(chart.points))
+    label = escape(chart.color_label)
+    marks = [f'<li>{label} {low} <span class="ramp"></span> {high}</li>'] if label else []
+    if any(point.front for point in chart.points):
+        marks.append('<li><span class="ring"></span> not beaten in both</li>')
+    if not all(point.good for point in chart.points):
+        marks.append("<li>× breaks a constraint</li>")
+    svg = scatter_chart(chart.points, chart.x_label, chart.y_label, chart.color_label)
+    return f'<ul class="legend">{"".join(marks)}</ul>{svg}'
 
 
 def _gallery(gallery: Gallery) -> str:
@@ -271,6 +298,7 @@ def _code(code: Code) -> str:
 
 _BODY: dict[type, Callable[[Any], str]] = {
     LineChart: _line_chart,
+    ScatterChart: _scatter,
     Gallery: _gallery,
     Matrix: _matrix,
     Table: _table,
