@@ -112,7 +112,7 @@ def build_reward_model(section: RewardModelSection, labels: tuple[str, ...]) -> 
     """A model to train, float32: the source's body under a head for the labels, or for one score where there are none.
 
     A new scoring head is drawn from N(0, 1/(D + 1)) with bias 0 (Stiennon et al. 2020; Huang et al. 2024, detail 5), by torch's
-    global generator; a head of the source with the same labels is kept. Raises ConfigError.
+    global generator; a head of the same size that the source brings is kept. Raises ConfigError.
     """
     config = model_config(section, labels)
     tokenizer = _tokenizer(section)
