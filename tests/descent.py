@@ -119,9 +119,11 @@ def no_check(_config: DescentConfig) -> None:
     pass
 
 
-DOOR = Door(
-    DescentConfig, {"descent": DescentConfig}, descend, steps_of, no_pools, no_check, ("optimizer.lr",)
-)
+def may_change(_config: DescentConfig) -> tuple[str, ...]:
+    return ("optimizer.lr",)
+
+
+DOOR = Door(DescentConfig, {"descent": DescentConfig}, descend, steps_of, no_pools, no_check, may_change)
 
 
 def descents(folder: Path, rates: tuple[float, ...] = (0.1, 0.5, 0.001), **changes: Any) -> Trials:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmray.config.loading import compose, read_file
+from fmray.config.rlhf import RlhfConfig
 from fmray.config.sweep import MAY_CHANGE, SweepConfig
 from fmray.errors import SweepError, require_package
 from fmray.pipeline.sweep_report import write_sweep_report
@@ -35,13 +36,12 @@ def pretrain_door() -> Door:
         steps=lambda config: int(config.train.steps),
         pools=lambda config: NO_POOLS,
         check=check_pretrain,
-        may_change=("optimizer.*", "objective.*", "parts.*.lr", "parts.*.weight_decay"),
+        may_change=lambda config: ("optimizer.*", "objective.*", "parts.*.lr", "parts.*.weight_decay"),
     )
 
 
 def rlhf_door() -> Door:
     """PPO under weighted rewards."""
-    from fmray.config.rlhf import RlhfConfig
     from fmray.config.rlhf_recipes import RLHF_RECIPES
     from fmray.rlhf.loop import train_ppo
     from fmray.rlhf.roles import pool_plan
@@ -53,19 +53,20 @@ def rlhf_door() -> Door:
         steps=lambda config: int(config.train.iterations),
         pools=pool_plan,
         check=lambda config: None,
-        may_change=(
-            "rewards.*.weight",
-            "rewards.*.clip",
-            "optimizer.*",
-            "ppo.kl.*",
-            "ppo.*clip",
-            "ppo.*_coefficient",
-            "ppo.gamma",
-            "ppo.lam",
-            "ppo.missing_eos_penalty",
-            "rollout.temperature",
-        ),
+        may_change=ppo_may_change,
     )
+
+
+def ppo_may_change(config: RlhfConfig) -> tuple[str, ...]:
+    """The coefficient of an adaptive KL controller is the checkpoint's; its target, or a fixed one, is the configuration's."""
+    kl = (
+        ("ppo.kl.coefficient",)
+        if config.ppo.kl.controller == "fixed"
+        else ("ppo.kl.target", "ppo.kl.horizon")
+    )
+    rewards = ("rewards.*.weight", "rewards.*.clip", "ppo.missing_eos_penalty")
+    losses = ("ppo.clip", "ppo.value_clip", "ppo.*_coefficient", "ppo.gamma", "ppo.lam", "optimizer.*")
+    return (*rewards, *kl, *losses, "rollout.temperature")
 
 
 DOORS: dict[str, Callable[[], Door]] = {"pretrain": pretrain_door, "rlhf": rlhf_door}

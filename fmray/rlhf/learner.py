@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from fmray.models.freezing import ParameterGroup
 from fmray.models.language import Language, merged_weights, save_language_model
 from fmray.rlhf.actor_critic import ActorCritic, build_actor_critic, learning_groups
 from fmray.rlhf.experience import Crew
-from fmray.rlhf.kl import KlController, kl_from_state, kl_state
+from fmray.rlhf.kl import AdaptiveKl, KlController, kl_from_state, kl_state
 from fmray.rlhf.presets import PpoRules
 from fmray.rlhf.rewards import RewardBank
 from fmray.rlhf.rules import rules_of
@@ -56,7 +56,11 @@ class PpoLearner:
 
     def recall(self, memories: list[Memory]) -> None:
         first = memories[0].values
-        self.kl = kl_from_state(first["kl"])
+        kept = kl_from_state(first["kl"])
+        if isinstance(self.kl, AdaptiveKl) and isinstance(kept, AdaptiveKl):
+            self.kl = replace(
+                self.kl, coefficient=kept.coefficient
+            )  # all else is the configuration's, as a fixed one is
         self.bank.load(first["rewards"])
         self.optimizer_steps = int(first["optimizer_steps"])
         self.starting_scores = {name: (mean, std) for name, (mean, std) in first["starting_scores"].items()}

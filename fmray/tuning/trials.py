@@ -57,8 +57,8 @@ class Door:
     """Actor pools that a run needs."""
     check: Callable[[Any], None]
     """What can be known to fail before anything starts."""
-    may_change: tuple[str, ...]
-    """Patterns of keys that may change in the middle of a run: what PBT may mutate."""
+    may_change: Callable[[Any], tuple[str, ...]]
+    """Patterns of keys that may change in the middle of such a run, and then count: what PBT may mutate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,9 +245,10 @@ class Trials:
         if self.sweep.metric.startswith("eval/") and (evaluated is None or step % evaluated):
             cure = f"the scheduler needs {self.sweep.metric} at its decisions: take a divisor of scheduler.{every}={step}"
             raise ConfigError("base.train.evaluate_every", evaluated, cure)
+        patterns = self.door.may_change(config)
         for key in self.sweep.space if rule.kind == "pbt" else ():
-            if not any(fnmatch(key, pattern) for pattern in self.door.may_change):
-                cure = f"pbt changes keys in the middle of a run; there only {', '.join(self.door.may_change)} may"
+            if not any(fnmatch(key, pattern) for pattern in patterns):
+                cure = f"pbt changes keys in the middle of a run; there only {', '.join(patterns)} may"
                 raise ConfigError("space", key, cure)
 
 
