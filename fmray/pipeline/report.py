@@ -22,6 +22,7 @@ from fmray.config.schema import ImageConfig
 from fmray.data.transforms import decode_rgba
 from fmray.pipeline.charts import COLORS, Line, line_chart, number
 from fmray.pipeline.scatter import Point, color_span, scatter_chart
+from fmray.pipeline.stacked import Bar, part_means, stacked_chart
 
 THUMBNAIL = ImageConfig(size=144, fit="pad")
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -57,6 +58,36 @@ class ScatterChart:
     x_label: str
     y_label: str
     color_label: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StackedChart:
+    """A whole in parts, step by step. `StackedChart("Seconds", ("act", "learn"), ((1, (2.0, 3.1)),), "iteration", "s")`."""
+
+    title: str
+    parts: tuple[str, ...]
+    bars: tuple[Bar, ...]
+    x_label: str
+    y_label: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A text and what judges gave it. `Said("was good fun.", (("sentiment", 2.1), ("grammar", -0.02)))`."""
+
+    text: str
+    scores: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """What was said to the same prompts at different times: (prompt, one answer for each column)."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Said, ...]], ...]
     note: str = ""
 
 
@@ -140,7 +171,7 @@ class Code:
     collapsed: bool = True
 
 
-Section = LineChart | ScatterChart | Gallery | Matrix | Table | Bars | Text | Code
+Section = LineChart | ScatterChart | StackedChart | SideBySide | Gallery | Matrix | Table | Bars | Text | Code
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +212,7 @@ def _tile(tile: Tile) -> str:
 
 
 def _section(section: Section, anchor: str) -> str:
-    half = isinstance(section, LineChart | ScatterChart | Bars) or (
+    half = isinstance(section, LineChart | ScatterChart | StackedChart | Bars) or (
         isinstance(section, Table) and not section.wide
     )
     note = "" if isinstance(section, Text | Code) or not section.note else f"<p>{escape(section.note)}</p>"
@@ -212,6 +243,32 @@ def _scatter(chart: ScatterChart) -> str:
         marks.append("<li>× breaks a constraint</li>")
     svg = scatter_chart(chart.points, chart.x_label, chart.y_label, chart.color_label)
     return f'<ul class="legend">{"".join(marks)}</ul>{svg}'
+
+
+def _stacked(chart: StackedChart) -> str:
+    marks = [
+        f'<li><span class="block block-{i % COLORS}"></span>{escape(name)} <b>{number(mean)}</b></li>'
+        for i, (name, mean) in enumerate(zip(chart.parts, part_means(chart.parts, chart.bars), strict=True))
+    ]
+    svg = stacked_chart(chart.parts, chart.bars, chart.x_label, chart.y_label)
+    return f'<ul class="legend">{"".join(marks)}</ul>{svg}'
+
+
+def _side_by_side(section: SideBySide) -> str:
+    return "".join(
+        f'<article class="beside"><h3>{escape(prompt)}</h3>'
+        + "".join(_said(name, said) for name, said in zip(section.columns, answers, strict=True))
+        + "</article>"
+        for prompt, answers in section.rows
+    )
+
+
+def _said(column: str, said: Said) -> str:
+    scores = "".join(f"<li>{escape(name)} <b>{number(score)}</b></li>" for name, score in said.scores)
+    return (
+        f'<div class="said"><h4>{escape(column)}</h4><blockquote>{escape(said.text)}</blockquote>'
+        f'<ul class="scores">{scores}</ul></div>'
+    )
 
 
 def _gallery(gallery: Gallery) -> str:
@@ -299,6 +356,8 @@ def _code(code: Code) -> str:
 _BODY: dict[type, Callable[[Any], str]] = {
     LineChart: _line_chart,
     ScatterChart: _scatter,
+    StackedChart: _stacked,
+    SideBySide: _side_by_side,
     Gallery: _gallery,
     Matrix: _matrix,
     Table: _table,

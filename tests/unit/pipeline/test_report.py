@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -25,13 +25,19 @@ from fmray.pipeline.report import (
     LineChart,
     Matrix,
     Report,
+    Said,
+    ScatterChart,
     Section,
+    SideBySide,
+    StackedChart,
     Table,
     Text,
     Tile,
     render,
     write_report,
 )
+from fmray.pipeline.scatter import Point
+from fmray.pipeline.stacked import stacked_chart
 
 EVIL = "<script>alert('x')</script>\"' onload=alert(1) $title ${subtitle} &amp; 개"
 VOID = {"meta", "img"}
@@ -78,6 +84,9 @@ def sections(words: str) -> tuple[Section, ...]:
     pictures = (Answer(words, 0.7, False, picture()), Answer(words, 0.1, True, picture(kind="JPEG")))
     return (
         LineChart(words, (Line(words, ((0, 2.0), (10, 1.0))),), words, words, note=words),
+        ScatterChart(words, (Point(words, 0.1, 0.2, 3.0, front=True),), words, words, words, words),
+        StackedChart(words, (words, "b"), ((1, (2.0, 1.0)), (2, (1.0, 0.0))), words, words, words),
+        SideBySide(words, (words, "b"), ((words, (Said(words, ((words, 0.5),)), Said(words))),), words),
         Gallery(words, (Exhibit(words, picture(), answers, words), Exhibit(words, None, pictures)), words),
         Matrix(words, (words, "b"), ((3, 1), (0, 0)), words),
         Table(words, (words, "ms"), ((words, 1.25), (words, 2)), words, wide=True),
@@ -102,6 +111,7 @@ def test_hostile_words_come_out_as_words() -> None:
     assert EVIL in [image["alt"] for image in parsed.named("img")]
 
 
+@settings(deadline=None)  # the first page takes longest, and a busy machine longer
 @given(st.text(max_size=30))
 def test_no_text_changes_the_pages_structure(words: str) -> None:
     shape = [tag for tag, _ in Page(page("plain")).tags if tag != "p"]  # an empty line makes two paragraphs
@@ -123,7 +133,7 @@ def test_the_contents_lead_to_the_sections() -> None:
     parsed = Page(page("plain"))
     targets = [(anchor["href"] or "").removeprefix("#") for anchor in parsed.named("a")]
     assert targets == [section["id"] for section in parsed.named("section")]
-    assert len(targets) == 8
+    assert len(targets) == len(sections("plain"))
 
 
 def test_right_answers_are_marked_for_eyes_and_screen_readers() -> None:
@@ -160,6 +170,8 @@ def test_an_empty_report_is_a_page() -> None:
         Matrix("c", (), ()),
         Table("d", (), ()),
         Bars("e", (), ""),
+        StackedChart("f", ("a", "b"), (), "x", "y"),
+        SideBySide("g", ("a",), ()),
     )
     assert Page(render(Report("nothing", "", (), empty))).open == []
 
@@ -190,6 +202,28 @@ def test_any_values_make_a_chart(points: tuple[tuple[float, float], ...]) -> Non
     svg = line_chart([Line("x", points)], "step", "y", from_zero=True)
     assert Page(svg).open == []
     assert all(0 <= x <= 520 and 0 <= y <= 270 for run in coordinates(svg) for x, y in run)
+
+
+def boxes(svg: str) -> list[tuple[float, float, float, float]]:
+    found = re.findall(r'<rect class="fill-\d" x="([^"]*)" width="([^"]*)" y="([^"]*)" height="([^"]*)"', svg)
+    return [(float(x), float(width), float(y), float(height)) for x, width, y, height in found]
+
+
+def test_stacked_parts_lie_on_each_other_and_fill_the_highest_bar() -> None:
+    svg = stacked_chart(("act", "learn"), ((1, (1.0, 3.0)), (2, (1.0, 1.0))), "iteration", "s")
+    (x, width, *first), (_, _, *second), (other, _, *third), _ = boxes(svg)
+    assert first == [177.0, 49.0]  # a quarter of the height of the plot, from the axis up
+    assert second == [30.0, 147.0]
+    assert third == first
+    assert other > x + width
+    assert "act 1, learn 2" in svg
+
+
+@pytest.mark.parametrize("bars", [(), ((5, (0.0, 0.0)),), ((1, (0.1, 0.2)), (900, (3.0, 0.0)))])
+def test_any_bars_make_a_chart(bars: tuple[tuple[float, tuple[float, ...]], ...]) -> None:
+    svg = stacked_chart(("a", "b"), bars, "x", "y")
+    assert Page(svg).open == []
+    assert all(x >= 66 and x + width <= 506.1 and 29.9 <= y <= 226 for x, width, y, _ in boxes(svg))
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
