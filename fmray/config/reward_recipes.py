@@ -19,7 +19,7 @@ def reward_sentiment() -> RewardModelConfig:
     """MiniLM that tells good reviews from bad ones, short pieces too: the demo's sentiment reward, two minutes on 2 cores."""
     return RewardModelConfig(
         run=RunConfig(name="reward_sentiment"),
-        data=RewardDataConfig(source=ReviewVerdicts(imdb=2000, continuations=False), batch_size=32),
+        data=RewardDataConfig(source=ReviewVerdicts(imdb=2000, continuations=True), batch_size=32),
         model=RewardModelSection(source="asset:minilm", freeze_embeddings=True, max_tokens=64),
         optimizer=OptimizerConfig(lr=2e-4, weight_decay=0.01, schedule="linear", warmup_steps=30),
         engine=EngineConfig(precision="bf16"),
