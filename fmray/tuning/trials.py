@@ -253,8 +253,10 @@ class Trials:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line: fmray's own are written for people, others get their class in front."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An error as one line: fmray's own are written for people, others get their class in front, tracebacks their last line."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    inner = any(line.startswith("Traceback") for line in lines)
+    text = (lines[-1] if inner else " ".join(lines)) if lines else type(error).__name__
     text = text if isinstance(error, FmrayError) else f"{type(error).__name__}: {text}"
     return text if len(text) <= 500 else text[:499] + "…"
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from fmray.errors import CheckpointError, ConfigError
+from fmray.errors import CheckpointError, ConfigError, DataError
 from fmray.tuning.exploit import adopt_checkpoint
 from fmray.tuning.local import run_in_turn
 from fmray.tuning.table import best_of, front_of, make_rows, write_table
-from fmray.tuning.trials import Change, Trials
+from fmray.tuning.trials import Change, Trials, one_line
 from tests.descent import descents, save, state_of
 
 
@@ -105,6 +105,16 @@ def test_a_metric_that_never_comes_is_said(tmp_path: Path) -> None:
         run={"name": "kl", "storage": str(tmp_path)},
     )
     assert run(unknown)["trials"][0]["note"].startswith("eval/kl was not reported by step 8")
+
+
+def test_errors_are_told_in_one_line() -> None:
+    assert one_line(DataError("no  picture\nthere")) == "no picture there"
+    assert one_line(KeyError()) == "KeyError: KeyError"
+    inner = (
+        "Training failed:\n[Rank 0]:\nTraceback (most recent call last):\n  File x\nValueError: the cause\n"
+    )
+    assert one_line(RuntimeError(inner)) == "RuntimeError: ValueError: the cause"
+    assert len(one_line(ValueError("x" * 5000))) == 500
 
 
 # ----------------------------------------------------------------------------------------------------------- schedulers
