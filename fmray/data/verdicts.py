@@ -164,11 +164,11 @@ def _hub_rows(source: HubVerdicts) -> tuple[list[Row], dict[str, list[Row]], tup
         return [(f"{source.path}[{split}]#{number}", row) for number, row in enumerate(loaded)], named
 
     train, known = rows_of(source.train_split)
-    held_out = {re_safe(split): rows_of(split)[0] for split in source.test_splits}
+    held_out = {part_name(split): rows_of(split)[0] for split in source.test_splits}
     return train, held_out, known
 
 
-def re_safe(split: str) -> str:
+def part_name(split: str) -> str:
     """A split's name as part of a metric's: `test[:10%]` becomes `test_10`."""
     return "_".join("".join(c if c.isalnum() else " " for c in split).split())
 
