@@ -23,6 +23,7 @@ from fmray.config.prompts import PROMPT_KINDS
 from fmray.config.rewards import KEPT_BY_EVERY_KIND, REWARD_KINDS
 from fmray.config.schema import SOURCE_KINDS
 from fmray.config.shapes import kinds_of, sections_in, walk
+from fmray.config.sweep import SCHEDULER_KINDS
 from fmray.errors import ConfigError
 
 Root = TypeVar("Root", bound=Section)
@@ -156,6 +157,7 @@ KINDS: tuple[tuple[Sequence[str], Sequence[str]], ...] = (
     (SOURCE_KINDS, ()),
     (PROMPT_KINDS, ()),
     (REWARD_KINDS, KEPT_BY_EVERY_KIND),
+    (SCHEDULER_KINDS, ()),
 )
 """Sections that come in kinds, and their keys that mean the same in each."""
 

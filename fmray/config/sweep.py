@@ -112,6 +112,7 @@ class PbtScheduler(Section):
     """A number moves by one of these factors, inside its domain; a choice to a neighbour."""
 
 
+SCHEDULER_KINDS = ("none", "asha", "pbt")
 Scheduler = Annotated[NoScheduler | AshaScheduler | PbtScheduler, Field(discriminator="kind")]
 
 # ------------------------------------------------------------------------------------------------- what is good enough

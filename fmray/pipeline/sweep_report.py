@@ -37,7 +37,9 @@ def write_sweep_report(rows: Sequence[Row], trials: Trials) -> str:
         sections.append(moves)
     sections.append(Code("Resolved configuration", dump_json(sweep)))
     place = "one after the other" if sweep.runtime.kind == "local" else "Ray Tune"
-    subtitle = f"{len(rows)} trials of {sweep.recipe or sweep.file or sweep.root}, {place}, scheduler {sweep.scheduler.kind}"
+    subtitle = (
+        f"{len(rows)} trials of {sweep.recipe or sweep.root}, {place}, scheduler {sweep.scheduler.kind}"
+    )
     report = Report(f"fmray sweep: {sweep.run.name}", subtitle, tiles(rows, trials), tuple(sections))
     trials.folder.write_text(render(report), PAGE)
     return str(Path(trials.folder.url) / PAGE) if trials.folder.is_local else f"{trials.folder.url}/{PAGE}"
@@ -76,8 +78,8 @@ def table(rows: Sequence[Row], trials: Trials) -> Table:
     cells: list[tuple[str | float, ...]] = []
     for row in sorted(rows, key=rank):
         mark = "best" if best and row.name == best.name else "unbeaten" if row.name in front else ""
-        values = [number(row.metrics[name]) if name in row.metrics else "–" for name in names]
-        drawn = [f"{v:.4g}" if isinstance(v := row.keys[key], float) else str(v) for key in keys]
+        values = [row.metrics.get(name, "–") for name in names]
+        drawn = [v if isinstance(v := row.keys[key], int | float) else str(v) for key in keys]
         cells.append((row.name, mark, row.status, row.step, *values, *drawn, row.note))
     columns = ("trial", "", "status", "step", *names, *keys, "note")
     return Table("Trials", columns, tuple(cells), wide=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fmray.config.loading import load_config
-from fmray.config.sweep import ChoiceDomain, LogUniformDomain, SweepConfig, UniformDomain
+from fmray.config.sweep import ChoiceDomain, LogUniformDomain, PbtScheduler, SweepConfig, UniformDomain
 from fmray.config.sweep_recipes import SWEEP_RECIPES
 from fmray.errors import ConfigError
 
@@ -44,6 +45,13 @@ def test_another_kind_replaces_a_domain() -> None:
     config = loaded("space.optimizer.lr={kind: grid, values: [1e-3, 1e-2]}", "trials=null")
     assert config.trial_count == 2
     assert loaded("space.optimizer.lr={kind: grid, values: [1e-3, 1e-2]}").trial_count == 4
+
+
+def test_another_scheduler_replaces_the_recipes(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("scheduler: {kind: asha, grace: 4}\n")
+    config = loaded("--config", str(file), "scheduler.kind=pbt", "scheduler.interval=5")
+    assert config.scheduler == PbtScheduler(interval=5)
 
 
 @pytest.mark.parametrize(
