@@ -28,20 +28,6 @@ def bytes_of(tensor: Tensor) -> Bytes:
     return flat
 
 
-def tensor_over(array: Bytes) -> Tensor:
-    """The same bytes as a uint8 tensor, not copied, though the array be read-only: for readers alone."""
-    return torch.from_numpy(np.asarray(_Lent(array)))
-
-
-class _Lent:
-    """Shared memory shown to numpy as if it were writable: torch has no read-only tensors and warns of such arrays."""
-
-    def __init__(self, array: Bytes) -> None:
-        self.array = array  # keeps the memory
-        shown = array.__array_interface__
-        self.__array_interface__ = {**shown, "data": (shown["data"][0], False)}
-
-
 def _packed(tensor: Tensor) -> tuple[Any, ...]:
     plain = tensor.layout is torch.strided and not (
         tensor.is_quantized or tensor.is_conj() or tensor.is_neg()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -20,7 +21,9 @@ from fmray.runtime.weights import (
 Open = Callable[[int], WeightStore]
 
 
-@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.fixture(
+    params=["local", *(pytest.param(name, marks=pytest.mark.ray) for name in ("ray", "ray, another node"))]
+)
 def open_store(request: pytest.FixtureRequest) -> Iterator[Open]:
     if request.param == "local":
         yield LocalWeightStore
@@ -32,6 +35,8 @@ def open_store(request: pytest.FixtureRequest) -> Iterator[Open]:
 
     def open_one(keep: int) -> WeightStore:
         opened.append(RayWeightStore(keep, 60.0))
+        if request.param != "ray":
+            opened[-1]._node = "elsewhere"  # its buckets then travel through Ray
         return opened[-1]
 
     yield open_one
@@ -134,6 +139,17 @@ def test_an_adapter_with_nothing_to_send_is_a_version_too(open_store: Open) -> N
     assert (published.bytes, published.buckets, fetched(store, 0)) == (0, 0, [])
     with pytest.raises(PoolError, match="it holds 0"):
         store.fetch(1)
+
+
+@pytest.mark.ray
+def test_a_reader_that_writes_spoils_nothing_for_others(ray_session: None) -> None:
+    from fmray.runtime.ray_weights import RayWeightStore
+
+    store = RayWeightStore(1, 60.0)
+    published = store.publish(0, buckets())
+    fetched(store, 0)[0]["encoder.embed"].zero_()
+    other = pickle.loads(pickle.dumps(store))  # as another process has it
+    assert combined_checksum(map(bucket_checksum, fetched(other, 0))) == published.checksum
 
 
 def test_an_iterator_that_fails_leaves_the_earlier_version(open_store: Open) -> None:
