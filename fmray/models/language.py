@@ -27,8 +27,7 @@ from transformers import (
 
 from fmray.config.rlhf import LoraConfig
 from fmray.errors import ConfigError, require_package
-from fmray.manifest import find_model_folder
-from fmray.models.towers import locate
+from fmray.models.towers import locate_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +48,7 @@ def open_language_model(source: str, key: str) -> Language:
 
     The model is checked: its logits must be its output matrix times its last state, which is what `response_logits` relies on.
     """
-    location = locate(source, key)
-    if Path(location).is_dir() and not Path(location, "config.json").is_file():
-        location = find_model_folder(location)
+    location = locate_model(source, key)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)

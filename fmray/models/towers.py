@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from fmray.assets import fetch
 from fmray.config.schema import TowerConfig
 from fmray.errors import ConfigError
+from fmray.manifest import find_model_folder
 from fmray.models.sentence_encoder import SentenceEncoderConfig  # registers itself with the auto classes
 
 Pooling = Literal["cls", "mean", "eos", "last", "pooler"]
@@ -68,6 +69,15 @@ def locate(source: str, key: str) -> str:
     if source.startswith(("/", "./", "../", "~")) and not Path(source).expanduser().is_dir():
         raise ConfigError(key, source, "no such folder")
     return str(Path(source).expanduser()) if source.startswith("~") else source
+
+
+def locate_model(source: str, key: str) -> str:
+    """As `locate`, and for a run or checkpoint folder the model in it; raises CheckpointError where it holds none."""
+    location = locate(source, key)
+    # a run folder has a config.json too: weights are what tells a model
+    if Path(location).is_dir() and not any(Path(location).glob("*.safetensors")):
+        return find_model_folder(location)
+    return location
 
 
 def tower_config(tower: TowerConfig, key: str, dropout: float | None) -> PreTrainedConfig:

@@ -9,7 +9,6 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
@@ -25,7 +24,7 @@ from transformers import (
 
 from fmray.errors import ConfigError
 from fmray.manifest import find_model_folder
-from fmray.models.towers import locate
+from fmray.models.towers import locate_model
 from fmray.rlhf.records import Rollouts
 from fmray.rlhf.scoring import texts_to_score
 
@@ -136,10 +135,7 @@ def opened(source: str) -> Iterator[str]:
             filesystem.get(f"{str(path).rstrip('/')}/", f"{local}/", recursive=True)
             yield local
         return
-    location = locate(source, KEY)
-    if Path(location).is_dir() and not Path(location, "config.json").is_file():
-        location = find_model_folder(location)
-    yield location
+    yield locate_model(source, KEY)
 
 
 def position_limit(model: nn.Module) -> int | None:

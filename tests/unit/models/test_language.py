@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fmray.config.rlhf import LoraConfig
 from fmray.errors import ConfigError
+from fmray.manifest import MANIFEST, manifest_text, sum_file
 from fmray.models.language import (
     adapter_off,
     add_adapter,
@@ -120,3 +121,14 @@ def test_what_is_no_language_model_is_refused_in_one_line(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ConfigError, match=r"policy\.source=.*cannot be loaded as a language model"):
         open_language_model(str(tmp_path), "policy.source")
+
+
+def test_a_run_folder_is_opened_at_its_last_model(tmp_path: Path) -> None:
+    """A run has a config.json of its own, which is no model's."""
+    run = tmp_path / "run"
+    folder = run / "checkpoints" / "step-00000003"
+    tiny_gpt2(folder / "model")
+    files = [sum_file(path, folder) for path in (folder / "model").iterdir()]
+    (folder / MANIFEST).write_text(manifest_text(3, files), encoding="utf-8")
+    (run / "config.json").write_text('{"run": {"name": "run"}}', encoding="utf-8")
+    assert open_language_model(str(run), "policy.source").model.config.model_type == "gpt2"
