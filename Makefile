@@ -20,9 +20,9 @@ $(STAMP): requirements.lock pyproject.toml
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
-demo: $(STAMP) ## real data, training, evaluation, endpoint, report (RUNTIME=local: without Ray)
+demo: $(STAMP) ## CLIP trained and served, a reward model, PPO, a sweep, a report (RUNTIME=local: without Ray)
 ifeq ($(RUNTIME),local)
-	$(RUN) -m fmray.cli demo run.fresh=true runtime.kind=local runtime.workers=1 engine.kind=torch
+	$(RUN) -m fmray.cli demo --recipe demo_local run.fresh=true
 else
 	$(RUN) -m fmray.cli demo run.fresh=true
 endif

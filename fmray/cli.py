@@ -10,6 +10,8 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
+from fmray.config.demo import DemoConfig
+from fmray.config.demo_recipes import DEMO_RECIPES
 from fmray.config.loading import HelpRequested, load_config
 from fmray.config.recipes import EVALUATE_RECIPES, PRETRAIN_RECIPES, SERVE_RECIPES
 from fmray.config.reward import RewardModelConfig
@@ -99,10 +101,12 @@ def serve(arguments: Arguments) -> int:
 
 
 def demo(arguments: Arguments) -> int:
-    """The whole road: real data, training, evaluation, an endpoint that is asked, a report."""
-    words = arguments if "--recipe" in arguments else ["--recipe", "demo", *arguments]
-    config = load_config(PretrainConfig, PRETRAIN_RECIPES, words, door="fmray demo")
-    from fmray.pipeline.demo import run_demo, screen
+    """The whole road: CLIP trained, measured and served; a reward model, PPO under it, a verdict, a sweep; a report."""
+    given = any(word.partition("=")[0] == "--recipe" for word in arguments)
+    words = arguments if given else ["--recipe", "demo", *arguments]
+    config = load_config(DemoConfig, DEMO_RECIPES, words, door="fmray demo")
+    from fmray.pipeline.demo import run_demo
+    from fmray.pipeline.demo_screen import screen
 
     say(screen(run_demo(config)))
     return 0

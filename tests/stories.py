@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -88,6 +90,14 @@ def tiny_llama(folder: Path, seed: int = 0) -> Path:
         tie_word_embeddings=True,
     )
     return _save(LlamaForCausalLM(config), make_tokenizer(ends=False), folder)
+
+
+def tiny_encoder(folder: Path, seed: int = 0) -> Path:
+    """A BERT without a head, for embeddings."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertModel(BertConfig(vocab_size=128, **sizes), add_pooling_layer=False)
+    return _save(model, make_tokenizer(ends=True), folder)
 
 
 def _save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:

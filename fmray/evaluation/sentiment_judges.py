@@ -28,8 +28,13 @@ class SentimentJudge(Protocol):
     """Says how positive a text is."""
 
     @property
-    def what(self) -> str:
-        """What kind of judge, for people."""
+    def name(self) -> str:
+        """Two words for people."""
+        ...
+
+    @property
+    def detail(self) -> str:
+        """What it is, for people."""
         ...
 
     def log_odds(self, texts: Sequence[str]) -> Tensor:
@@ -61,7 +66,8 @@ class WordCounts:
 
     ratios: dict[str, float]
     """Feature → log of how much commoner it is in positive texts."""
-    what: str = "words and word pairs, counted"
+    name: str = "counted words"
+    detail: str = "log-odds of naive Bayes over a text's words and word pairs, their mean"
 
     @classmethod
     def of(cls, texts: Sequence[str], labels: Sequence[bool], least: int = 3) -> WordCounts:
@@ -123,7 +129,8 @@ class SentenceProbe:
     encoder: SentenceEncoder
     weight_D: Tensor
     bias: float
-    what: str
+    detail: str
+    name: str = "sentence probe"
 
     @classmethod
     def of(
@@ -132,7 +139,7 @@ class SentenceProbe:
         """Fitted to labelled texts. Raises ConfigError where the encoder cannot be loaded."""
         encoder = SentenceEncoder(source, device)
         weight_D, bias = fit_logistic(encoder.embed(texts), torch.tensor(labels, dtype=torch.float64))
-        return cls(encoder, weight_D, bias, f"logistic regression on frozen {source.removeprefix('asset:')}")
+        return cls(encoder, weight_D, bias, f"log-odds of a logistic regression on frozen {source.removeprefix('asset:')}")
 
     def log_odds(self, texts: Sequence[str]) -> Tensor:
         return self.encoder.embed(texts) @ self.weight_D + self.bias

@@ -46,9 +46,10 @@ def number(value: float) -> str:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, at most `most` + 1; steps of {1, 2, 2.5, 5}·10^k."""
+    """Round numbers from `low` to `high`, at most `most` + 1; steps of {1, 2, 2.5, 5}·10^k, but not 2.5: steps are counted."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10, 20) if (high - low) / (power * m) <= most)
+    factors = (1, 2, 5, 10, 20) if power == 1 else (1, 2, 2.5, 5, 10, 20)
+    step = next(power * m for m in factors if (high - low) / (power * m) <= most)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
 

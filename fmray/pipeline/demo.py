@@ -1,4 +1,4 @@
-"""The demo road: real pictures in, a CLIP model trained and measured, an endpoint that a stock client asks, a report.
+"""The demo road: CLIP trained on real pictures, measured, served; a reward model, PPO under it, a verdict, a sweep; a report.
 
 Each stage hands the next a folder or an address, nothing else.
 """
@@ -6,198 +6,57 @@ Each stage hands the next a folder or an address, nothing else.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmray.assets import fetch
-from fmray.config.schema import DataConfig, EmojiSource, EvaluateConfig, ParquetSource, PretrainConfig
-from fmray.data.sources import open_source
-from fmray.errors import MissingExtra, ResourceError
-from fmray.models.saved import load_dual_encoder
+from fmray.config.demo import DemoConfig
+from fmray.config.loading import dump_json
+from fmray.pipeline.demo_clip import ClipPart, run_clip
 from fmray.pipeline.demo_report import write_demo_report
-from fmray.pipeline.exhibits import exhibits
-from fmray.pipeline.report import Gallery, Matrix
-from fmray.runtime.context import Outcome, WorkerContext, choose_device, prepare_process
-from fmray.runtime.launch import launch
+from fmray.pipeline.demo_rlhf import RlhfPart, run_rlhf
+from fmray.pipeline.demo_stages import Stages, placed
 from fmray.runtime.machine import machine, versions
-from fmray.runtime.ports import free_port
 from fmray.runtime.run_folder import RunFolder
-from fmray.training.loop import pretrain
-
-MODEL_ID = "fmray-clip"
-QUESTIONS = 6
-"""Test pictures that the client asks about."""
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Demo:
-    """What the stages found."""
+    """What the parts found; None: it was not asked for."""
 
-    config: PretrainConfig
+    config: DemoConfig
     folder: Path
-    seconds: dict[str, float] = field(default_factory=dict)
-    galleries: list[Gallery | Matrix] = field(default_factory=list)
-    conversation: list[dict[str, Any]] = field(default_factory=list)
-    """Per picture asked: name, its five likeliest names with scores, milliseconds."""
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times a stage and says that it runs."""
-        sys.stderr.write(f"· {name} …\n")
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 2)
-        sys.stderr.write(f"  {name}: {self.seconds[name]:.1f} s\n")
+    clip: ClipPart | None
+    rlhf: RlhfPart | None
+    seconds: dict[str, float]
 
     @property
     def summary(self) -> dict[str, Any]:
         """summary.json: everything that the report draws, as numbers."""
-        reports = RunFolder.of(self.config.run).metrics()
-        trained = [line for line in reports if "train/loss" in line]
-        measured = {k: v for line in reports for k, v in line.items() if k.startswith("eval/")}
         return {
-            "results": measured,
-            "train": {
-                "steps": trained[-1]["step"],
-                "first_loss": trained[0]["train/loss"],
-                "last_loss": trained[-1]["train/loss"],
-                "step_seconds": sum(line["time/step"] for line in trained) / len(trained),
-            },
-            "endpoint": self.conversation,
+            "clip": self.clip.summary if self.clip else None,
+            "rlhf": self.rlhf.summary if self.rlhf else None,
             "seconds": self.seconds,
             "machine": machine(),
             "versions": versions(),
         }
 
 
-def run_demo(config: PretrainConfig) -> Demo:
-    """All stages; writes report.html and summary.json into the run folder."""
-    demo = Demo(config, Path(RunFolder.of(config.run).url))
-    with demo.stage("assets"):
-        for name in ("emoji_images", "emoji_names", "minilm", "mobilenet_v2", "groceries"):
-            fetch(name)
-    with demo.stage("training"):
-        outcome: Outcome = launch(pretrain, config, steps=config.train.steps)
-    if not outcome.finished:
-        raise ResourceError(f"stopped after {outcome.steps} steps; the same command goes on from there")
-    with demo.stage("evaluation"):
-        demo.galleries = look(config)
-    with demo.stage("endpoint"), endpoint(config, demo.folder) as address:
-        demo.conversation = ask(config, address)
-    (demo.folder / "summary.json").write_text(
-        json.dumps(demo.summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+def run_demo(config: DemoConfig) -> Demo:
+    """The parts that are asked for; writes report.html and summary.json into the demo's folder, the runs lie beside them."""
+    home, runs, stage = RunFolder.of(config.run), placed(config), Stages()
+    if config.run.fresh:
+        for name in runs.names(config.parts):
+            home.remove(name)
+    home.write_text(dump_json(config), "demo.json")
+    demo = Demo(
+        config,
+        Path(home.url),
+        run_clip(runs.clip, stage) if "clip" in config.parts else None,
+        run_rlhf(runs, config.second, stage) if "rlhf" in config.parts else None,
+        stage.seconds,
     )
-    write_demo_report(demo.summary, RunFolder.of(config.run).metrics(), config, demo.galleries, demo.folder)
-    return demo
-
-
-def look(config: PretrainConfig) -> list[Gallery | Matrix]:
-    """Galleries of the test emoji, and what the model makes of photos, which it has never seen."""
-    prepare_process(config.runtime)
-    device = choose_device(config.runtime.device)
-    folder = RunFolder.of(config.run)
-    here = WorkerContext(rank=0, world_size=1, device=device, folder=folder)
-    encoder = load_dual_encoder(folder.url, device)
-    sections = exhibits(encoder, config.data, config.evaluate, here)
-    photos = DataConfig(source=ParquetSource(path=str(fetch("groceries")), caption_column="fruit"))
-    templates = EvaluateConfig(templates=("{}", "a picture of a {}"))
-    return [*sections, *(s for s in exhibits(encoder, photos, templates, here) if isinstance(s, Matrix))]
-
-
-@contextmanager
-def endpoint(config: PretrainConfig, folder: Path) -> Iterator[str]:
-    """`fmray serve` as a user would start it, in a process of its own; yields its address once it answers."""
-    port = free_port()
-    command = [
-        *(sys.executable, "-m", "fmray.cli", "serve", f"checkpoint={folder}", f"port={port}"),
-        *(f"model_id={MODEL_ID}", f"runtime.kind={config.runtime.kind}"),
-    ]
-    with (folder / "serve.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(address, process, folder / "serve.log")
-        yield address
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def wait_until_healthy(
-    address: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 120
-) -> None:
-    """Until /health answers; raises ResourceError with the server's last line where it does not."""
-    import httpx
-
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{address}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.25)
-    last = (log.read_text(encoding="utf-8").strip().splitlines() or ["nothing was printed"])[-1]
-    raise ResourceError(f"the endpoint did not come up: {last} (whole log: {log})")
-
-
-def ask(config: PretrainConfig, address: str) -> list[dict[str, Any]]:
-    """Name test pictures through the unmodified OpenAI client: embeddings of pictures and of all names, nearest first."""
-    import base64
-
-    try:
-        from openai import OpenAI
-    except ImportError:
-        raise MissingExtra("openai", "dev", "the demo's client") from None
-    source = config.data.source
-    plain = source.replace(aliases=False, languages=("en",)) if isinstance(source, EmojiSource) else source
-    test = open_source(plain, "test")
-    samples = [test[index] for index in range(min(len(test), 100))]
-    names = list(dict.fromkeys(sample.captions[0] for sample in samples))
-    client = OpenAI(base_url=f"{address}/v1", api_key="none")
-    vectors = [row.embedding for row in client.embeddings.create(model=MODEL_ID, input=names).data]
-    conversation = []
-    for sample in samples[:QUESTIONS]:
-        url = "data:image/png;base64," + base64.b64encode(sample.image).decode()
-        started = time.perf_counter()
-        picture = client.embeddings.create(model=MODEL_ID, input=[url]).data[0].embedding
-        milliseconds = (time.perf_counter() - started) * 1000
-        scores = [sum(a * b for a, b in zip(picture, vector, strict=True)) for vector in vectors]
-        best = sorted(range(len(names)), key=lambda i: -scores[i])[:5]
-        answers = [{"name": names[i], "cosine": round(scores[i], 3)} for i in best]
-        conversation.append(
-            {"picture": sample.captions[0], "answers": answers, "milliseconds": round(milliseconds, 1)}
-        )
-    return conversation
-
-
-def screen(demo: Demo) -> str:
-    """One screen of plain results."""
     summary = demo.summary
-    results, train = summary["results"], summary["train"]
-    lines = [
-        "",
-        f"trained {train['steps']} steps, loss {train['first_loss']:.3f} → {train['last_loss']:.3f}",
-        "",
-    ]
-    lines.append(f"{'retrieval on unseen concepts':<34}{'R@1':>8}{'R@5':>8}{'R@10':>8}")
-    for language in demo.config.evaluate.languages:
-        prefix = "eval" if language == "en" else f"eval/{language}"
-        for direction, words in (("image_to_text", "picture → name"), ("text_to_image", "name → picture")):
-            row = [results[f"{prefix}/{direction}/r{k}"] for k in (1, 5, 10)]
-            lines.append(f"  {language} {words:<29}" + "".join(f"{value:8.3f}" for value in row))
-    lines += ["", "asked through the openai client:"]
-    for turn in demo.conversation[:4]:
-        best = ", ".join(f"{a['name']} {a['cosine']:.2f}" for a in turn["answers"][:3])
-        lines.append(f"  {turn['picture']:<22} → {best}  ({turn['milliseconds']:.0f} ms)")
-    lines += ["", "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in demo.seconds.items())]
-    lines.append(f"report:  {demo.folder / 'report.html'}")
-    return "\n".join(lines)
+    home.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "summary.json")
+    write_demo_report(summary, demo.clip, demo.rlhf, config, demo.folder)
+    return demo

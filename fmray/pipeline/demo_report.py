@@ -2,55 +2,88 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fmray.config.demo import DemoConfig
 from fmray.config.loading import dump_json
 from fmray.config.schema import PretrainConfig
 from fmray.pipeline.charts import Line
+from fmray.pipeline.demo_clip import ClipPart
+from fmray.pipeline.demo_rlhf import RlhfPart
 from fmray.pipeline.report import (
     Bars,
     Code,
-    Gallery,
     LineChart,
-    Matrix,
     Report,
+    ScatterChart,
     Section,
     Table,
+    Text,
     Tile,
     write_report,
 )
+from fmray.pipeline.rlhf_report import ppo_curves, reward_model_sections, side_by_side, verdict_table
+from fmray.pipeline.scatter import Point
+from fmray.pipeline.sweep_report import table as trial_table
+from fmray.pipeline.sweep_report import trade_off
+from fmray.pipeline.verdict import first_and_last
 
 
 def write_demo_report(
-    summary: dict[str, Any],
-    reports: list[dict[str, Any]],
-    config: PretrainConfig,
-    galleries: list[Gallery | Matrix],
-    folder: Path,
+    summary: dict[str, Any], clip: ClipPart | None, rlhf: RlhfPart | None, config: DemoConfig, folder: Path
 ) -> Path:
-    """report.html in the run folder, one file that needs nothing else."""
+    """report.html in the demo's folder, one file that needs nothing else."""
     sections: tuple[Section, ...] = (
-        *curves(reports, config),
-        *galleries,
-        conversation(summary["endpoint"]),
+        *(clip_sections(clip) if clip else ()),
+        *(rlhf_sections(rlhf) if rlhf else ()),
         Bars("Where the time went", tuple(summary["seconds"].items()), "s"),
         Table("Versions", ("package", "version"), tuple(summary["versions"].items())),
         Table("Machine", ("", ""), tuple((key, str(value)) for key, value in summary["machine"].items())),
         Code("Resolved configuration", dump_json(config)),
     )
-    place = "one process" if config.runtime.kind == "local" else f"Ray, {config.runtime.workers} workers"
+    tiles = (*(clip_tiles(summary) if clip else ()), *(rlhf_tiles(summary) if rlhf else ()))
+    places = [f"{name} in {place(part)}" for name, part in (("CLIP", clip), ("PPO", rlhf)) if part]
+    subtitle = f"{'; '.join(places)}; {summary['machine']['cpu']}; {summary['machine']['date']}"
+    return write_report(Report("fmray demo", subtitle, tiles, sections), folder / "report.html")
+
+
+def place(part: ClipPart | RlhfPart) -> str:
+    """Where a part ran: `Ray, 2 learners, DeepSpeed ZeRO-2`."""
+    config = part.config if isinstance(part, ClipPart) else part.runs.rlhf
+    if config.runtime.kind == "local":
+        where = "one process"
+    else:
+        pools = " and actor pools" if isinstance(part, RlhfPart) else ""
+        where = f"Ray, {config.runtime.workers} learner(s){pools}"
     engine = "torch" if config.engine.kind == "torch" else f"DeepSpeed ZeRO-{config.engine.zero_stage}"
-    subtitle = f"{place}, {engine}, {config.engine.precision}; {summary['machine']['cpu']}; {summary['machine']['date']}"
-    return write_report(
-        Report("fmray demo: CLIP on emoji", subtitle, tiles(summary), sections), folder / "report.html"
+    return f"{where}, {engine}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- CLIP
+
+
+def clip_sections(part: ClipPart) -> list[Section]:
+    """Curves, galleries, the endpoint's answers."""
+    source = part.config.data.source.kind
+    words = (
+        f"A picture tower and a text tower learn from {source} pairs which caption belongs to which picture; the test "
+        "pictures' concepts were never seen. Then the model is served, and a stock client asks it."
     )
+    return [
+        Text("CLIP: pictures and their captions", words),
+        *curves(part.reports, part.config),
+        *part.galleries,
+        conversation(part.conversation),
+    ]
 
 
-def tiles(summary: dict[str, Any]) -> tuple[Tile, ...]:
+def clip_tiles(summary: dict[str, Any]) -> tuple[Tile, ...]:
     """The numbers to see first."""
-    results, train, seconds = summary["results"], summary["train"], summary["seconds"]
-    latency = sorted(turn["milliseconds"] for turn in summary["endpoint"])
+    clip, seconds = summary["clip"], summary["seconds"]
+    results, train = clip["results"], clip["train"]
+    latency = sorted(turn["milliseconds"] for turn in clip["endpoint"])
     found = [
         Tile(
             "R@1, picture → name",
@@ -108,3 +141,73 @@ def conversation(turns: list[dict[str, Any]]) -> Table:
         note,
         wide=True,
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- RLHF
+
+
+def rlhf_sections(part: RlhfPart) -> list[Section]:
+    """The verdict first, then the answers, the curves, the reward model, the sweep."""
+    config = part.runs.rlhf
+    rewards = ", ".join(f"{name} {reward.weight:g}" for name, reward in config.rewards.items())
+    words = (
+        f"A policy ({config.policy.source}) continues reviews whose first words it is given. PPO teaches it to earn more of its "
+        f"weighted rewards ({rewards}) without going far from where it started. The sentiment reward is a model that was "
+        "trained here a minute before, on people's labels."
+    )
+    return [
+        Text("PPO: a language model under weighted rewards", words),
+        verdict_table(part.findings, len(part.before.prompts)),
+        side_by_side(part.before, part.after),
+        *ppo_curves(part.reports, config, part.held_out),
+        *reward_model_sections(part.reward_reports, part.reward_evaluation),
+        *sweep_sections(part),
+    ]
+
+
+def sweep_sections(part: RlhfPart) -> list[Section]:
+    """The trade-off with the place where all trials start, and the trials."""
+    rows, trials = part.sweep.rows, part.trials
+    sections: list[Section] = []
+    if (axes := trials.sweep.pareto) is not None:
+        sections.append(with_start(trade_off(rows, trials), part, axes.x.metric, axes.y.metric))
+    trials_table = trial_table(rows, trials)
+    steps = trials.config(0).train.iterations
+    note = (
+        f"PPO runs of {steps} iterations each, otherwise as the run above but for the keys under sweep.base."
+    )
+    return [*sections, replace(trials_table, title="Sweep: trials", note=note)]
+
+
+def with_start(chart: ScatterChart, part: RlhfPart, x: str, y: str) -> ScatterChart:
+    """The chart with the starting policy as a point without colour."""
+    start, _ = first_and_last(part.reports)
+    points = (
+        (*chart.points, Point("starting policy", start[x], start[y]))
+        if x in start and y in start
+        else chart.points
+    )
+    note = f"{chart.note} The empty circle is the starting policy."
+    return replace(chart, title="Sweep: trade-off", points=points, note=note)
+
+
+def rlhf_tiles(summary: dict[str, Any]) -> tuple[Tile, ...]:
+    """The numbers to see first."""
+    found = summary["rlhf"]
+    rows = {row["what"]: row for row in found["verdict"]}
+    first, kl = rows["weighted reward"], rows["KL"]
+    second = [row["met"] for what, row in rows.items() if "second judge" in what]
+    tiles = [
+        Tile(
+            "Weighted reward",
+            f"{first['after']:+.2f}",
+            f"deviations of the starting policy's, in {found['iterations']} iterations of PPO",
+        ),
+        Tile("Second judges that agree", f"{sum(second)} of {len(second)}", "none was trained against"),
+        Tile("KL to the start", f"{kl['after']:.1f}", f"nats an answer, {kl['bar']}"),
+    ]
+    right = {name: value for name, value in found["reward_model"].items() if name.endswith("/accuracy")}
+    for name, value in list(right.items())[:1]:
+        part = name.split("/")[1].replace("_", " ")
+        tiles.append(Tile("Reward model", f"{value:.3f}", f"right about held-out texts ({part})"))
+    return tuple(tiles)

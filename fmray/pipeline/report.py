@@ -25,6 +25,8 @@ from fmray.pipeline.scatter import Point, color_span, scatter_chart
 from fmray.pipeline.stacked import Bar, part_means, stacked_chart
 
 THUMBNAIL = ImageConfig(size=144, fit="pad")
+SHORT = 18
+"""Letters of a table's cell that is never broken."""
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -314,7 +316,10 @@ def _table(table: Table) -> str:
         bool(table.rows) and all(isinstance(row[i], int | float) for row in table.rows)
         for i in range(len(table.columns))
     ]
-    kinds = ["number" if is_number else "word" for is_number in numeric]
+    kinds = [
+        "number" if is_number else "short" if is_short(table, i) else "word"
+        for i, is_number in enumerate(numeric)
+    ]
     head = "".join(
         f'<th scope="col" class="{k}">{escape(c)}</th>' for k, c in zip(kinds, table.columns, strict=True)
     )
@@ -325,6 +330,11 @@ def _table(table: Table) -> str:
         for row in table.rows
     )
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def is_short(table: Table, column: int) -> bool:
+    """Whether all its texts fit on a line beside others, and need not be broken."""
+    return all(len(str(text)) <= SHORT for text in (table.columns[column], *(r[column] for r in table.rows)))
 
 
 def _value(cell: str | float | int) -> str:

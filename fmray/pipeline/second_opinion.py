@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ def read_answers(folder: RunFolder, version: int) -> Answers:
     )
 
 
+def all_answers(folder: RunFolder, reports: Sequence[Mapping[str, Any]]) -> tuple[Answers, ...]:
+    """Of every version that the run evaluated, the first one first."""
+    return tuple(read_answers(folder, line["step"]) for line in reports if "eval/score" in line)
+
+
 # ----------------------------------------------------------------------------------------------------------- opinions
 
 
@@ -65,7 +71,9 @@ class SecondOpinion:
     beside: str
     """The reward that it stands beside."""
     what: str
-    """The judge, for people."""
+    """The judge's name, for people."""
+    detail: str
+    """What it is."""
     before_N: Tensor
     after_N: Tensor
     held_out_accuracy: float | None = None
@@ -128,7 +136,7 @@ def sentiment_opinions(
     for judge in sentiment_judges(config, trained, device):
         right = accuracy(judge, [review.text for review in test], [review.label for review in test])
         answers = (judge.log_odds(before.responses), judge.log_odds(after.responses))
-        yield SecondOpinion(SENTIMENT, judge.what, *answers, right)
+        yield SecondOpinion(SENTIMENT, judge.name, judge.detail, *answers, right)
 
 
 def sentiment_judges(
@@ -171,7 +179,8 @@ def grammar_opinion(
     scorer = build_scorer(config, Place(device, LocalWeightStore(1)))
     scores = [scorer.score(as_rollouts(answers)).raw_B.double() for answers in (before, after)]
     source = str(getattr(config, "source", "")).removeprefix("asset:")
-    return SecondOpinion(GRAMMAR, f"{config.kind} {source}".strip(), scores[0], scores[1])
+    detail = f"{config.kind} {source}".strip()
+    return SecondOpinion(GRAMMAR, config.kind, detail, scores[0], scores[1])
 
 
 def as_rollouts(answers: Answers) -> Rollouts:

@@ -33,6 +33,8 @@ class Finding:
     bar: str = ""
     met: bool | None = None
     """None: no bar."""
+    detail: str = ""
+    """More about the measure."""
 
     @property
     def change_text(self) -> str:
@@ -42,7 +44,7 @@ class Finding:
 
     @property
     def met_text(self) -> str:
-        return {True: "yes", False: "no", None: ""}[self.met]
+        return {True: "✓", False: "✗ missed", None: ""}[self.met]
 
 
 def first_and_last(reports: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -77,51 +79,49 @@ def weighted(start: Mapping[str, Any], end: Mapping[str, Any]) -> Finding:
     """Σ weight · standardised reward, in units of its own deviation over the starting policy's answers."""
     unit = start["eval/score_std"] or math.nan
     won = (end["eval/score"] - start["eval/score"]) / unit
-    return Finding(
-        "weighted reward, in the start's deviations", 0.0, won, None, f"at least +{GAIN:g}", won >= GAIN
-    )
+    detail = "of the starting policy's, in units of its deviation over the prompts"
+    return Finding("weighted reward", 0.0, won, None, f"at least +{GAIN:g}", won >= GAIN, detail)
 
 
 def of_reward(name: str, found: Change, config: RlhfConfig) -> Finding:
     """A reward's raw mean. Rules (length, repetition) are guard rails: measured, without a bar; so is weight 0."""
     reward = config.rewards[name]
     guards = isinstance(reward, LengthReward | RepetitionReward) or reward.weight == 0
-    what = f"{name} ({reward.kind}, weight {reward.weight:g})"
-    values = (found.before, found.after, found.error)
+    detail = f"{reward.kind}, weight {reward.weight:g}"
+    values = (name, found.before, found.after, found.error)
     if guards:
-        return Finding(what, *values)
+        return Finding(*values, detail=detail)
     aim = "not below its start" if reward.weight > 0 else "not above its start"
-    return Finding(what, *values, aim, found.difference * math.copysign(1, reward.weight) >= 0)
+    return Finding(*values, aim, found.difference * math.copysign(1, reward.weight) >= 0, detail)
 
 
 def of_opinion(opinion: SecondOpinion, first: Change) -> Finding:
     """A second judge agrees where its mean moved in the direction in which the reward's did."""
-    found = opinion.change
-    right = opinion.held_out_accuracy
-    worth = "" if right is None else f", right about {right:.0%} of held-out reviews"
+    found, right = opinion.change, opinion.held_out_accuracy
     return Finding(
-        f"{opinion.beside}, second judge: {opinion.what}{worth}",
+        f"{opinion.beside}, second judge: {opinion.what}",
         found.before,
         found.after,
         found.error,
-        f"the sign of {opinion.beside}'s change",
+        f"{opinion.beside}'s sign",
         found.difference * first.difference > 0,
+        opinion.detail if right is None else f"{opinion.detail}; right about {right:.0%} of held-out reviews",
     )
 
 
 def of_texts(start: Mapping[str, Any], end: Mapping[str, Any]) -> Iterator[Finding]:
     """How far the policy went, and whether it still has something to say."""
 
-    def finding(what: str, key: str, bar: str = "", met: bool | None = None) -> Finding:
-        return Finding(what, start[key], end[key], None, bar, met)
+    def finding(what: str, key: str, detail: str, bar: str = "", met: bool | None = None) -> Finding:
+        return Finding(what, start[key], end[key], None, bar, met, detail)
 
-    yield finding(
-        "KL to the start, nats an answer", "eval/kl", f"at most {MOST_KL:g}", end["eval/kl"] <= MOST_KL
-    )
+    near = end["eval/kl"] <= MOST_KL
+    yield finding("KL", "eval/kl", "to the reference policy, nats an answer", f"at most {MOST_KL:g}", near)
     left = end["eval/distinct2"] >= LEAST_DISTINCT * start["eval/distinct2"]
-    yield finding("distinct-2", "eval/distinct2", f"at least {number(LEAST_DISTINCT)} of the start's", left)
-    yield finding("length, tokens", "eval/length")
-    yield finding("answers that end by themselves", "eval/eos_rate")
+    many = f"at least {number(LEAST_DISTINCT)} of the start's"
+    yield finding("distinct-2", "eval/distinct2", "different pairs of words over all", many, left)
+    yield finding("answer length", "eval/length", "tokens")
+    yield finding("EOS share", "eval/eos_rate", "answers that ended by themselves")
 
 
 def all_met(findings: Sequence[Finding]) -> bool:

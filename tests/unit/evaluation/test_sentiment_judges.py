@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel
 
 from fmray.evaluation.sentiment_judges import (
     SentenceEncoder,
@@ -19,7 +17,7 @@ from fmray.evaluation.sentiment_judges import (
     fit_logistic,
     words_and_pairs,
 )
-from tests.stories import make_tokenizer
+from tests.stories import tiny_encoder
 
 CPU = torch.device("cpu")
 GOOD = ["good fun", "so good", "good", "fun and good"]
@@ -90,14 +88,7 @@ def test_units_and_constants_do_not_matter_to_the_regression() -> None:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT with tokenizer."""
-    folder = tmp_path_factory.mktemp("encoder")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    model = BertModel(BertConfig(vocab_size=128, **sizes), add_pooling_layer=False)
-    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.to_json_file(folder / "config.json")
-    make_tokenizer(ends=True).save_pretrained(folder)
-    return folder
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def test_embeddings_are_unit_vectors_whatever_stands_beside_them(encoder: Path) -> None:
@@ -113,7 +104,7 @@ def test_a_probe_tells_apart_what_the_encoder_does(encoder: Path) -> None:
     texts = [f"{who} {verb} it" for who in ("the dog", "a cat", "that king") for verb in ("likes", "hates")]
     probe = SentenceProbe.of(str(encoder), CPU, texts, [True, False] * 3)
     assert accuracy(probe, ["our teacher likes it", "our teacher hates it"], [True, False]) == 1.0
-    assert "logistic regression" in probe.what
+    assert "logistic regression" in probe.detail
 
 
 def test_log_loss_falls_below_chance() -> None:
