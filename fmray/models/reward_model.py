@@ -35,7 +35,7 @@ from fmray.config.schema import TowerConfig
 from fmray.errors import CheckpointError, ConfigError
 from fmray.manifest import find_model_folder
 from fmray.models.freezing import ParameterGroup
-from fmray.models.towers import load_tokenizer, locate, tower_config
+from fmray.models.towers import load_tokenizer, locate, locate_model, tower_config
 
 SCORE_NAME = "reward"
 """The label of a model with one output."""
@@ -133,12 +133,7 @@ def build_reward_model(section: RewardModelSection, labels: tuple[str, ...]) -> 
 
 
 def _location(source: str) -> str:
-    if source.startswith("arch:"):
-        return source
-    location = locate(source, "model.source")
-    if Path(location).is_dir() and not Path(location, "config.json").is_file():
-        return find_model_folder(location)  # of a run or a checkpoint
-    return location
+    return source if source.startswith("arch:") else locate_model(source, "model.source")
 
 
 def _tokenizer(section: RewardModelSection) -> PreTrainedTokenizerFast:

@@ -19,7 +19,7 @@ from fmray.types import Metrics
 def evaluate(learner: PpoLearner, version: int, context: Context) -> Metrics:
     """`eval/…` of the published version: every sample's noise is the same at each call. A collective.
 
-    `eval/<reward>` is the raw mean. `eval/score` is Σ weight · (raw - mean) / deviation with the starting policy's means and
+    `eval/<reward>/raw` is the raw mean. `eval/score` is Σ weight · (raw - mean) / deviation with the starting policy's means and
     deviations on the same prompts, so it is 0 at the start; `eval/score_std` is its deviation over samples.
     """
     started = time.perf_counter()
@@ -53,7 +53,7 @@ def scores_of(judged: Judged, learner: PpoLearner) -> Metrics:
         valid = raw_B[~raw_B.isnan()]
         mean, std = valid.mean().item(), valid.std(correction=0).item()
         start_mean, start_std = learner.starting_scores.setdefault(name, (mean, std))
-        metrics |= {f"eval/{name}": mean, f"eval/{name}_std": std}
+        metrics |= {f"eval/{name}/raw": mean, f"eval/{name}/raw_std": std}
         unit = start_std if start_std > 1e-6 else 1.0  # a reward that was the same everywhere has no unit of its own
         score_B += learner.config.rewards[name].weight * (raw_B - start_mean) / unit
     scored = score_B[~score_B.isnan()]

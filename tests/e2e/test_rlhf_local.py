@@ -162,7 +162,7 @@ def test_6_19_a_run_tells_what_happened_and_its_model_opens_everywhere(tmp_path:
     run = RunFolder(str(tmp_path / "runs" / "story"))
     reports = run.metrics()
     assert NAMES <= reports[1].keys()
-    assert {"eval/letters", "eval/score", "eval/kl", "eval/distinct2"} <= reports[0].keys()
+    assert {"eval/letters/raw", "eval/score", "eval/kl", "eval/distinct2"} <= reports[0].keys()
     assert reports[0]["eval/score"] == pytest.approx(0, abs=1e-5)
     rows = json.loads(run.read_text("samples", "step-00000002.json"))
     assert len(rows) == 4
