@@ -10,18 +10,39 @@ from pathlib import Path
 import pytest
 
 from fmray.cli import DOORS
+from fmray.config.demo import DemoConfig
+from fmray.config.demo_recipes import DEMO_RECIPES
 from fmray.config.loading import load_config
 from fmray.config.recipes import EVALUATE_RECIPES, PRETRAIN_RECIPES, SERVE_RECIPES
+from fmray.config.reward import RewardModelConfig
+from fmray.config.reward_recipes import REWARD_MODEL_RECIPES
+from fmray.config.rlhf import RlhfConfig
+from fmray.config.rlhf_recipes import RLHF_RECIPES
 from fmray.config.schema import EvaluateRunConfig, PretrainConfig, ServeConfig
+from fmray.config.sweep import SweepConfig
+from fmray.config.sweep_recipes import SWEEP_RECIPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "pretrain": lambda words: load_config(PretrainConfig, PRETRAIN_RECIPES, words, door="pretrain"),
+    "reward": lambda words: load_config(RewardModelConfig, REWARD_MODEL_RECIPES, words, door="reward"),
+    "rlhf": lambda words: load_config(RlhfConfig, RLHF_RECIPES, words, door="rlhf"),
+    "sweep": lambda words: swept(load_config(SweepConfig, SWEEP_RECIPES, words, door="sweep")),
+    "demo": lambda words: load_config(DemoConfig, DEMO_RECIPES, ["--recipe", "demo", *words], door="demo"),
     "evaluate": lambda words: load_config(EvaluateRunConfig, EVALUATE_RECIPES, words, door="evaluate"),
     "serve": lambda words: load_config(ServeConfig, SERVE_RECIPES, words, door="serve"),
 }
+
+
+def swept(sweep: SweepConfig) -> None:
+    """Every trial's own configuration too."""
+    from fmray.pipeline.sweep import open_sweep
+
+    trials = open_sweep(sweep)
+    for number in trials.numbers:
+        trials.config(number)
 
 
 def commands() -> list[str]:
@@ -49,7 +70,30 @@ def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_there_are_commands_to_check() -> None:
-    assert len(commands()) >= 8
+    found = {command.partition(" ")[0] for command in commands()}
+    assert found == set(PARSERS)
+    assert len(commands()) >= 18
+
+
+def test_the_make_targets_start_the_demo_that_they_name() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = re.findall(r"-m fmray\.cli demo ([^\n]+)", makefile)
+    assert len(found) == 2
+    kinds = set()
+    for line in found:
+        config = load_config(DemoConfig, DEMO_RECIPES, ["--recipe", "demo", *line.split()], door="demo")
+        kinds.add((config.clip.runtime.kind, config.rlhf.runtime.kind, config.sweep.runtime.kind))
+        assert config.run.fresh
+    assert kinds == {("ray",) * 3, ("local",) * 3}
+
+
+def test_the_reward_function_gives_a_number_for_each_text() -> None:
+    [code] = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "def " in code]
+    names: dict[str, Callable[[list[str], list[str]], list[float]]] = {}
+    exec(code, names)
+    scores = names["brevity"](["short", "a longer answer"], ["a", "b"])
+    assert len(scores) == 2
+    assert scores[0] > scores[1]
 
 
 def test_every_door_and_every_part_of_the_map_is_there() -> None:

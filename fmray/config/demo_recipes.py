@@ -62,10 +62,10 @@ def short_runs(runtime: SweepRuntimeConfig, threads: int | None) -> SweepConfig:
             "rewards.grammar.weight": GridDomain(values=(0.25, 1.0)),
             "ppo.kl.coefficient": GridDomain(values=(0.02, 0.2)),
         },
-        metric="eval/sentiment",
+        metric="eval/sentiment/raw",
         constraints=(Constraint(metric="eval/kl", max=8.0),),
         pareto=ParetoConfig(
-            x=Objective(metric="eval/sentiment"), y=Objective(metric="eval/grammar"), color="eval/kl"
+            x=Objective(metric="eval/sentiment/raw"), y=Objective(metric="eval/grammar/raw"), color="eval/kl"
         ),
     )
 

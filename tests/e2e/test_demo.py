@@ -154,6 +154,8 @@ def check_rlhf(run: Path, printed: str) -> None:
     assert sum("second judge" in what for what in measures) == 3
     assert all(any(name in what for what in measures) for name in ("weighted", "KL", "distinct-2", "length"))
     assert 0 <= found["reward_model"]["eval/test/accuracy"] <= 1
+    shown = {"eval/sentiment/raw", "eval/grammar/raw", "eval/kl"}
+    assert all(shown <= trial["metrics"].keys() for trial in found["sweep"]["trials"])
     assert [trial["status"] for trial in found["sweep"]["trials"]] == ["finished"] * 4
     assert {trial["keys"]["rewards.grammar.weight"] for trial in found["sweep"]["trials"]} == {0.25, 1.0}
     stages = {"assets of PPO", "reward model", "PPO", "second opinions", "sweep"}
