@@ -72,7 +72,7 @@ def processes_of(role: str) -> list[int]:
 
     found = []
     here = ray.get_runtime_context().gcs_address  # other tests may have clusters of their own
-    for actor in list_actors(here, filters=[("state", "=", "ALIVE")], limit=200):
+    for actor in list_actors(here, filters=[("state", "=", "ALIVE")], limit=200, detail=True):
         named = str(actor.get("repr_name") or actor.get("class_name") or "")
         if role in named and actor.get("pid"):
             found.append(int(actor["pid"]))
