@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fmray.config.rlhf import RlhfConfig
-from fmray.errors import PoolError
 from fmray.models.decoding.generate import Sampling, generate, make_decoder
 from fmray.models.language import open_language_model, response_logits, response_states
 from fmray.rlhf.actor_critic import prepare_policy
@@ -19,7 +18,7 @@ from fmray.rlhf.losses import token_logp
 from fmray.rlhf.records import RolloutRequest, Rollouts
 from fmray.rlhf.scorers import build_scorer
 from fmray.runtime.pool import Place, PoolPlan, RoleSpec
-from fmray.runtime.weights import bucket_checksum, combined_checksum
+from fmray.runtime.weights import Bucket, take_version
 
 ROLLOUT, REFERENCE = "rollout", "reference"
 
@@ -60,20 +59,15 @@ class RolloutPolicy:
 
     def load(self, version: int) -> int:
         """Take a published version; returns its checksum, computed over what arrived. Raises PoolError where they differ."""
-        published, buckets = self._weights.fetch(version)
-        checksums = []
-        for bucket in buckets:
-            checksums.append(bucket_checksum(bucket))
-            for name, tensor in bucket.items():
-                self._parameters[name].data.copy_(tensor)
-        if (found := combined_checksum(checksums)) != published.checksum:
-            raise PoolError(
-                f"pool '{ROLLOUT}': weights of version {version} arrived altered: their checksum is {found:016x}, "
-                f"published was {published.checksum:016x}"
-            )
+        self._version = None
+        published = take_version(self._weights, version, self._copy)
         self._decoder.refresh()
         self._version = version
-        return found
+        return published.checksum
+
+    def _copy(self, bucket: Bucket) -> None:
+        for name, tensor in bucket.items():
+            self._parameters[name].data.copy_(tensor)
 
     def generate(self, request: RolloutRequest) -> Rollouts:
         """One answer for each sample of the request."""

@@ -5,7 +5,8 @@ A store keeps the last versions, so that a replica can load whichever version a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,6 +63,26 @@ def bucket_checksum(bucket: Bucket) -> int:
 def combined_checksum(checksums: Iterable[int]) -> int:
     """One number for a version: XXH3-64 over its buckets' checksums."""
     return xxhash.xxh3_64_intdigest(b"".join(value.to_bytes(8, "little") for value in checksums))
+
+
+def take_version(store: WeightStore, version: int, take: Callable[[Bucket], None]) -> Published:
+    """Hand each bucket of a version to `take`, and check while it copies that they are what was published.
+
+    Raises PoolError where they are not: what was taken must then not be used.
+    """
+    published, buckets = store.fetch(version)
+    with ThreadPoolExecutor(1, "checksum") as hashing:
+        sums = []
+        for bucket in buckets:
+            sums.append(hashing.submit(bucket_checksum, bucket))
+            take(bucket)
+        found = combined_checksum(done.result() for done in sums)
+    if found != published.checksum:
+        raise PoolError(
+            f"weights of version {version} arrived altered: their checksum is {found:016x}, "
+            f"published was {published.checksum:016x}"
+        )
+    return published
 
 
 def missing_version(version: int, held: Iterable[int]) -> PoolError:
