@@ -67,7 +67,7 @@ class CausalDecoder(ABC):
 
     @abstractmethod
     def trunk(self, x_MD: Tensor, attention: Attention) -> Tensor:
-        """All layers, the final norm not counted."""
+        """All layers, the final norm not counted; x may be overwritten (sums in place: half the memory traffic)."""
 
     @abstractmethod
     def logits(self, x_BD: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ class Gpt2Decoder(CausalDecoder):
 
     def trunk(self, x_MD: Tensor, attention: Attention) -> Tensor:
         for index, layer in enumerate(self._blocks):
-            x_MD = x_MD + layer.out(attention(index, layer.qkv(layer.norm_1(x_MD))))
-            x_MD = x_MD + layer.down(layer.act(layer.up(layer.norm_2(x_MD))))
+            x_MD += layer.out(attention(index, layer.qkv(layer.norm_1(x_MD))))
+            x_MD += layer.down(layer.act(layer.up(layer.norm_2(x_MD))))
         return x_MD
 
     def logits(self, x_BD: Tensor) -> Tensor:

@@ -63,9 +63,9 @@ class LlamaDecoder(CausalDecoder):
 
     def trunk(self, x_MD: Tensor, attention: Attention) -> Tensor:
         for index, layer in enumerate(self._blocks):
-            x_MD = x_MD + layer.out(attention(index, layer.qkv(rms_normed(x_MD, layer.epsilon_1))))
+            x_MD += layer.out(attention(index, layer.qkv(rms_normed(x_MD, layer.epsilon_1))))
             gate_MF, up_MF = layer.gate_up(rms_normed(x_MD, layer.epsilon_2)).chunk(2, dim=-1)
-            x_MD = x_MD + layer.down(layer.act(gate_MF) * up_MF)
+            x_MD += layer.down(layer.act(gate_MF) * up_MF)
         return x_MD
 
     def logits(self, x_BD: Tensor) -> Tensor:

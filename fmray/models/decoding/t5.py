@@ -39,7 +39,7 @@ class _SelfAttention:
         self.out = Matrix([attention.o], precision)
 
     def __call__(self, x_MD: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
-        return x_MD + self.out(attention(self.qkv(rms_normed(x_MD, self.epsilon))))
+        return x_MD.add_(self.out(attention(self.qkv(rms_normed(x_MD, self.epsilon)))))
 
 
 class _CrossAttention:
@@ -51,7 +51,7 @@ class _CrossAttention:
         self.out = Matrix([attention.o], precision)
 
     def __call__(self, x_MD: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
-        return x_MD + self.out(attention(self.q(rms_normed(x_MD, self.epsilon))))
+        return x_MD.add_(self.out(attention(self.q(rms_normed(x_MD, self.epsilon)))))
 
 
 class _FeedForward:
@@ -67,8 +67,8 @@ class _FeedForward:
         up_MF = self.up(rms_normed(x_MD, self.epsilon))
         if self.gated:
             gate_MF, linear_MF = up_MF.chunk(2, dim=-1)
-            return x_MD + self.down(self.act(gate_MF) * linear_MF)
-        return x_MD + self.down(self.act(up_MF))
+            return x_MD.add_(self.down(self.act(gate_MF) * linear_MF))
+        return x_MD.add_(self.down(self.act(up_MF)))
 
 
 class T5Decoder:
