@@ -1,0 +1,101 @@
+"""Where the demo's runs lie, what they hand each other, what is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fmray.config.demo import DemoConfig
+from fmray.config.demo_recipes import DEMO_RECIPES, demo
+from fmray.config.loading import load_config, validate
+from fmray.config.rlhf import RlhfConfig
+from fmray.errors import ConfigError, ResourceError
+from fmray.pipeline.demo_stages import Stages, finished, placed, words_in
+from fmray.pipeline.sweep import open_sweep
+from fmray.runtime.context import Outcome
+
+
+def loaded(*words: str) -> DemoConfig:
+    return load_config(DemoConfig, DEMO_RECIPES, ["--recipe", "demo_local", *words], door="fmray demo")
+
+
+def test_all_runs_lie_in_the_demos_folder_and_share_its_seed(tmp_path: Path) -> None:
+    runs = placed(loaded(f"run.storage={tmp_path}", "run.name=mine", "run.seed=3", "run.fresh=true"))
+    for part, name in zip(
+        (runs.clip, runs.reward, runs.rlhf, runs.sweep), ("clip", "reward", "ppo", "sweep"), strict=True
+    ):
+        assert part.run.name == name
+        assert (part.run.storage, part.run.seed, part.run.fresh) == (f"{tmp_path}/mine", 3, False)
+    assert runs.names(["clip"]) == ["clip"]
+    assert runs.names(["rlhf", "clip"]) == ["reward", "ppo", "sweep", "clip"]
+
+
+def test_ppo_judges_with_the_model_that_was_trained_here(tmp_path: Path) -> None:
+    runs = placed(loaded(f"run.storage={tmp_path}", "reward.train.steps=7"))
+    source = runs.rlhf.rewards["sentiment"].source  # type: ignore[union-attr]
+    assert source == f"{tmp_path}/demo/reward/checkpoints/step-00000007/model"
+    assert runs.rlhf.rewards["grammar"].source == "asset:grammar_tagger"  # type: ignore[union-attr]
+    other = placed(loaded("rlhf.rewards.sentiment.source=somebody/else"))
+    assert other.rlhf.rewards["sentiment"].source == "somebody/else"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("recipe", sorted(DEMO_RECIPES))
+def test_trials_are_the_demos_ppo_run_but_for_the_sweeps_base(recipe: str, tmp_path: Path) -> None:
+    words = [f"run.storage={tmp_path}", "rlhf.rollout.max_new_tokens=9", "sweep.base.train.iterations=3"]
+    runs = placed(load_config(DemoConfig, DEMO_RECIPES, ["--recipe", recipe, *words], door="fmray demo"))
+    trials = open_sweep(runs.sweep)
+    config: RlhfConfig = trials.config(3)
+    assert config.rollout.max_new_tokens == 9
+    assert config.train.iterations == 3
+    assert (config.rewards["grammar"].weight, config.ppo.kl.coefficient) == (1.0, 0.2)
+    assert config.rewards["sentiment"] == runs.rlhf.rewards["sentiment"]
+    assert config.runtime.kind == "local"
+    assert config.run.name == "trial-00003"
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("clip.run.seed=4", "write run.seed="),
+        ("rlhf.run.storage=elsewhere", "write run.storage="),
+        ("rlhf.run.name=clip", "must differ"),
+        ("rlhf.train.evaluate_prompts=0", "held-out prompts"),
+        ("sweep.recipe=ppo_reviews", "its own PPO run"),
+        ("run.storage=s3://bucket", "on this machine"),
+        ("parts=[clip,vqa]", "must be one of clip, rlhf"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_cure(word: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        loaded(word)
+
+
+def test_second_judges_need_their_rewards() -> None:
+    keys: dict[str, Any] = demo().model_dump()
+    del keys["rlhf"]["rewards"]["grammar"]
+    with pytest.raises(ConfigError, match="second judges stand beside"):
+        validate(DemoConfig, keys)
+
+
+def test_parts_may_be_written_as_words() -> None:
+    assert loaded("parts=rlhf,clip").parts == ("rlhf", "clip")
+    assert loaded("parts=[rlhf]").parts == ("rlhf",)
+
+
+def test_stages_are_timed_and_an_unfinished_run_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    stage = Stages()
+    with stage("first"):
+        pass
+    assert list(stage.seconds) == ["first"]
+    assert "first" in capsys.readouterr().err
+    finished(Outcome(3, finished=True), "PPO")
+    with pytest.raises(ResourceError, match="PPO stopped after 3 steps"):
+        finished(Outcome(3, finished=False), "PPO")
+
+
+def test_assets_are_found_wherever_they_stand() -> None:
+    found = set(words_in(demo().rlhf.model_dump(mode="json")))
+    assert {"asset:flan_t5_small", "asset:grammar_tagger", "reviews"} <= found
+    assert list(words_in({"a": ["b", {"c": ("d", 1, None)}]})) == ["b", "d"]
