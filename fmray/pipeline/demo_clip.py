@@ -16,11 +16,10 @@ from fmray.config.schema import DataConfig, EmojiSource, EvaluateConfig, Parquet
 from fmray.data.sources import open_source
 from fmray.errors import MissingExtra, ResourceError
 from fmray.models.saved import load_dual_encoder
-from fmray.pipeline.demo_stages import Stages, finished
+from fmray.pipeline.demo_stages import Stages, run_to_its_end
 from fmray.pipeline.exhibits import exhibits
-from fmray.pipeline.report import Gallery, Matrix
+from fmray.pipeline.sections import Gallery, Matrix
 from fmray.runtime.context import WorkerContext, choose_device, prepare_process
-from fmray.runtime.launch import launch
 from fmray.runtime.ports import free_port
 from fmray.runtime.run_folder import RunFolder
 from fmray.training.loop import pretrain
@@ -70,7 +69,7 @@ def run_clip(config: PretrainConfig, stage: Stages) -> ClipPart:
         for name in ASSETS:
             fetch(name)
     with stage("training"):
-        finished(launch(pretrain, config, steps=config.train.steps), "CLIP")
+        run_to_its_end("CLIP", pretrain, config, config.train.steps)
     with stage("evaluation"):
         galleries = look(config)
     with stage("endpoint"), endpoint(config, folder) as address:

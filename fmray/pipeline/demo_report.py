@@ -12,20 +12,10 @@ from fmray.config.schema import PretrainConfig
 from fmray.pipeline.charts import Line
 from fmray.pipeline.demo_clip import ClipPart
 from fmray.pipeline.demo_rlhf import RlhfPart
-from fmray.pipeline.report import (
-    Bars,
-    Code,
-    LineChart,
-    Report,
-    ScatterChart,
-    Section,
-    Table,
-    Text,
-    Tile,
-    write_report,
-)
+from fmray.pipeline.report import write_report
 from fmray.pipeline.rlhf_report import ppo_curves, reward_model_sections, side_by_side, verdict_table
 from fmray.pipeline.scatter import Point
+from fmray.pipeline.sections import Bars, Code, LineChart, Report, ScatterChart, Section, Table, Text, Tile
 from fmray.pipeline.sweep_report import table as trial_table
 from fmray.pipeline.sweep_report import trade_off
 from fmray.pipeline.verdict import first_and_last
@@ -38,7 +28,7 @@ def write_demo_report(
     sections: tuple[Section, ...] = (
         *(clip_sections(clip) if clip else ()),
         *(rlhf_sections(rlhf) if rlhf else ()),
-        Bars("Where the time went", tuple(summary["seconds"].items()), "s"),
+        Bars("Where the time went", tuple(summary["seconds"].items()), "s", "Of the last start."),
         Table("Versions", ("package", "version"), tuple(summary["versions"].items())),
         Table("Machine", ("", ""), tuple((key, str(value)) for key, value in summary["machine"].items())),
         Code("Resolved configuration", dump_json(config)),
@@ -92,9 +82,11 @@ def clip_tiles(summary: dict[str, Any]) -> tuple[Tile, ...]:
         ),
         Tile("R@5, picture → name", f"{results['eval/image_to_text/r5']:.3f}", "among all unseen names"),
         Tile(
-            "Loss", f"{train['last_loss']:.3f}", f"from {train['first_loss']:.3f} in {train['steps']} steps"
+            "CLIP loss",
+            f"{train['last_loss']:.3f}",
+            f"from {train['first_loss']:.3f} in {train['steps']} steps",
         ),
-        Tile("Training", f"{seconds['training']:.0f} s", f"{train['step_seconds']:.2f} s a step"),
+        Tile("CLIP training", f"{seconds['training']:.0f} s", f"{train['step_seconds']:.2f} s a step"),
     ]
     if latency:
         found.append(

@@ -8,14 +8,13 @@ from typing import Any
 
 from fmray.config.demo import SecondOpinionConfig
 from fmray.errors import ResourceError
-from fmray.pipeline.demo_stages import Runs, Stages, fetch_for, finished, tell
+from fmray.pipeline.demo_stages import Runs, Stages, fetch_for, run_to_its_end, tell
 from fmray.pipeline.second_opinion import Answers, all_answers, second_opinions
 from fmray.pipeline.sweep import SweepEnd, open_sweep, run_sweep
 from fmray.pipeline.verdict import Finding, all_met, first_and_last, verdict
 from fmray.rlhf.loop import train_ppo
 from fmray.rlhf.roles import pool_plan
 from fmray.runtime.context import choose_device, prepare_process
-from fmray.runtime.launch import launch
 from fmray.runtime.run_folder import RunFolder
 from fmray.training.reward_model import train_reward_model
 from fmray.tuning.table import shown_metrics
@@ -92,10 +91,9 @@ def run_rlhf(runs: Runs, second: SecondOpinionConfig, stage: Stages) -> RlhfPart
     with stage("assets of PPO"):
         fetch_for(reward, rlhf, second)
     with stage("reward model"):
-        finished(launch(train_reward_model, reward, steps=reward.train.steps), "the reward model")
+        run_to_its_end("the reward model", train_reward_model, reward, reward.train.steps)
     with stage("PPO"):
-        outcome = launch(train_ppo, rlhf, steps=rlhf.train.iterations, pools=pool_plan(rlhf))
-        finished(outcome, "PPO")
+        run_to_its_end("PPO", train_ppo, rlhf, rlhf.train.iterations, pool_plan(rlhf))
     with stage("second opinions"):
         held_out, findings = judge(runs, second)
     with stage("sweep"):

@@ -20,8 +20,11 @@ from fmray.config.rlhf_recipes import SENTIMENT_RUN
 from fmray.config.schema import PretrainConfig
 from fmray.config.sweep import SweepConfig
 from fmray.errors import ResourceError
-from fmray.runtime.context import Outcome
+from fmray.manifest import newest_good
+from fmray.runtime.launch import NO_POOLS, Work, launch, prepare_folder
+from fmray.runtime.pool import PoolPlan
 from fmray.runtime.run_folder import RunFolder
+from fmray.tuning.exploit import step_of
 from fmray.tuning.space import nest
 
 
@@ -47,8 +50,15 @@ def tell(line: str) -> None:
     sys.stderr.flush()
 
 
-def finished(outcome: Outcome, what: str) -> None:
-    """Raises ResourceError where a part was told to stop."""
+def run_to_its_end(what: str, work: Work, config: Any, steps: int, pools: PoolPlan = NO_POOLS) -> None:
+    """Start a run, go on with it, or see that it is done. Raises ResourceError where it was told to stop, ConfigError."""
+    folder = RunFolder.of(config.run)
+    prepare_folder(folder, config)
+    saved, _ = newest_good(folder.filesystem, folder.path("checkpoints"))
+    if saved is not None and step_of(saved) >= steps:
+        tell(f"  {what} is done already: {saved}")
+        return
+    outcome = launch(work, config, steps=steps, pools=pools)
     if not outcome.finished:
         raise ResourceError(
             f"{what} stopped after {outcome.steps} steps and has saved; the same command with run.fresh=false goes on"

@@ -15,7 +15,7 @@ from fmray.data.sources import Source
 from fmray.evaluation.embed import caption_of, classify_captions, embedded_splits
 from fmray.evaluation.retrieval import PairEmbeddings, ranks_of_positives, top_matches
 from fmray.models.saved import LoadedDualEncoder
-from fmray.pipeline.report import Answer, Exhibit, Gallery, Matrix
+from fmray.pipeline.sections import Answer, Exhibit, Gallery, Matrix
 from fmray.runtime.context import Context
 
 ANSWERS = 5

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -20,170 +19,32 @@ from PIL import Image
 
 from fmray.config.schema import ImageConfig
 from fmray.data.transforms import decode_rgba
-from fmray.pipeline.charts import COLORS, Line, line_chart, number
-from fmray.pipeline.scatter import Point, color_span, scatter_chart
-from fmray.pipeline.stacked import Bar, part_means, stacked_chart
+from fmray.pipeline.charts import COLORS, line_chart, number
+from fmray.pipeline.scatter import color_span, scatter_chart
+from fmray.pipeline.sections import (
+    Answer,
+    Bars,
+    Code,
+    Exhibit,
+    Gallery,
+    LineChart,
+    Matrix,
+    Report,
+    Said,
+    ScatterChart,
+    Section,
+    SideBySide,
+    StackedChart,
+    Table,
+    Text,
+    Tile,
+)
+from fmray.pipeline.stacked import part_means, stacked_chart
 
 THUMBNAIL = ImageConfig(size=144, fit="pad")
 SHORT = 18
 """Letters of a table's cell that is never broken."""
 TEMPLATE = Path(__file__).with_name("report.html")
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """One result of the first screen. `Tile("R@5, image to text", "0.53", "bar 0.50")`."""
-
-    label: str
-    value: str
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class LineChart:
-    """Curves on one axis. `LineChart("Loss", (Line("loss", ((1, 5.5), (2, 5.1))),), "step", "nats")`."""
-
-    title: str
-    lines: tuple[Line, ...]
-    x_label: str
-    y_label: str
-    from_zero: bool = False
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ScatterChart:
-    """Points in a plane, a third number as their colour. `ScatterChart("Trade-off", points, "sentiment", "grammar", "kl")`."""
-
-    title: str
-    points: tuple[Point, ...]
-    x_label: str
-    y_label: str
-    color_label: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class StackedChart:
-    """A whole in parts, step by step. `StackedChart("Seconds", ("act", "learn"), ((1, (2.0, 3.1)),), "iteration", "s")`."""
-
-    title: str
-    parts: tuple[str, ...]
-    bars: tuple[Bar, ...]
-    x_label: str
-    y_label: str
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """A text and what judges gave it. `Said("was good fun.", (("sentiment", 2.1), ("grammar", -0.02)))`."""
-
-    text: str
-    scores: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class SideBySide:
-    """What was said to the same prompts at different times: (prompt, one answer for each column)."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Said, ...]], ...]
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One of the answers to a gallery's query, best first: a caption, or a picture with its name."""
-
-    text: str
-    score: float
-    right: bool
-    picture: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Exhibit:
-    """A query and its best answers. `Exhibit("dog face", png, (Answer("dog", 0.7, True), …), "rank 1")`."""
-
-    title: str
-    picture: bytes | None
-    """Encoded as its source gave it; None where the query is a text."""
-    answers: tuple[Answer, ...]
-    badge: str = ""
-    good: bool = True
-    """The badge's tone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gallery:
-    """Queries with their answers, the right ones marked."""
-
-    title: str
-    exhibits: tuple[Exhibit, ...]
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """Counts, the true class in rows, the predicted one in columns."""
-
-    title: str
-    names: tuple[str, ...]
-    counts: tuple[tuple[int, ...], ...]
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows of text; a column whose cells are all numbers is right-aligned. `wide` takes the page's width."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str | float | int, ...], ...]
-    note: str = ""
-    wide: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Bars:
-    """Amounts side by side. `Bars("Time by phase", (("train", 182.0), ("serve", 9.5)), "s")`."""
-
-    title: str
-    amounts: tuple[tuple[str, float], ...]
-    unit: str
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Paragraphs, separated by empty lines."""
-
-    title: str
-    body: str
-
-
-@dataclass(frozen=True, slots=True)
-class Code:
-    """Something to copy: a configuration, a command. Longer than a few lines, it opens on a click."""
-
-    title: str
-    code: str
-    collapsed: bool = True
-
-
-Section = LineChart | ScatterChart | StackedChart | SideBySide | Gallery | Matrix | Table | Bars | Text | Code
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Title, a line below it, the first screen's tiles, then sections in order."""
-
-    title: str
-    subtitle: str
-    tiles: tuple[Tile, ...]
-    sections: tuple[Section, ...]
 
 
 def write_report(report: Report, path: Path) -> Path:
@@ -197,15 +58,27 @@ def write_report(report: Report, path: Path) -> Path:
 
 def render(report: Report) -> str:
     """The page's HTML."""
-    sections = list(enumerate(report.sections))
-    contents = "".join(f'<li><a href="#s{i}">{escape(section.title)}</a></li>' for i, section in sections)
+    parts: list[list[tuple[str, Section]]] = [[]]
+    for place, section in enumerate(report.sections):
+        if isinstance(section, Text) and parts[-1]:
+            parts.append([])
+        parts[-1].append((f"s{place}", section))
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(report.title),
         subtitle=escape(report.subtitle),
         tiles="".join(_tile(tile) for tile in report.tiles),
-        contents=contents,
-        sections="\n".join(_section(section, f"s{i}") for i, section in sections),
+        contents="".join(_contents(part) for part in parts),
+        sections="\n".join(_part(part) for part in parts),
     )
+
+
+def _contents(part: list[tuple[str, Section]]) -> str:
+    links = "".join(f'<li><a href="#{anchor}">{escape(section.title)}</a></li>' for anchor, section in part)
+    return f"<ul>{links}</ul>"
+
+
+def _part(part: list[tuple[str, Section]]) -> str:
+    return f'<div class="part">{"".join(_section(section, anchor) for anchor, section in part)}</div>'
 
 
 def _tile(tile: Tile) -> str:

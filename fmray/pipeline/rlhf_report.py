@@ -11,8 +11,8 @@ from typing import Any
 from fmray.config.rewards import LengthReward, RepetitionReward
 from fmray.config.rlhf import RlhfConfig
 from fmray.pipeline.charts import Line
-from fmray.pipeline.report import LineChart, Said, Section, SideBySide, StackedChart, Table
 from fmray.pipeline.second_opinion import Answers
+from fmray.pipeline.sections import LineChart, Said, Section, SideBySide, StackedChart, Table
 from fmray.pipeline.verdict import Finding
 
 Reports = Sequence[Mapping[str, Any]]
@@ -82,7 +82,7 @@ def ppo_curves(reports: Reports, config: RlhfConfig, held_out: Sequence[Answers]
     if any("ppo/explained_variance" in line for line in reports):
         note = "Share of the returns' variance that the critic foresaw."
         sections.append(chart("Explained variance", "share", ("ppo/explained_variance", "critic"), note=note))
-    return [*sections, phases(reports)]
+    return [*sections, phases(reports, local=config.runtime.kind == "local")]
 
 
 def reward_curve(reports: Reports, name: str, config: RlhfConfig, held_out: Sequence[Answers]) -> LineChart:
@@ -99,7 +99,7 @@ def reward_curve(reports: Reports, name: str, config: RlhfConfig, held_out: Sequ
     return LineChart(f"Reward: {name}, raw", lines, "iteration", "mean", note=note)
 
 
-def phases(reports: Reports) -> StackedChart:
+def phases(reports: Reports, *, local: bool) -> StackedChart:
     """Where an iteration's seconds went."""
     bars = tuple(
         (float(line["step"]), tuple(float(line[f"time/{phase}"]) for phase in PHASES))
@@ -107,6 +107,8 @@ def phases(reports: Reports) -> StackedChart:
         if "time/act" in line
     )
     note = "Means over the iterations stand beside the names."
+    if local:
+        note += " In one process an answer is judged as soon as it is there, so judging counts as act."
     return StackedChart("Seconds of an iteration, by phase", PHASES, bars, "iteration", "seconds", note)
 
 

@@ -7,17 +7,9 @@ from pathlib import Path
 
 from fmray.config.loading import dump_json
 from fmray.pipeline.charts import Line, number
-from fmray.pipeline.report import (
-    Code,
-    LineChart,
-    Report,
-    ScatterChart,
-    Section,
-    Table,
-    Tile,
-    render,
-)
+from fmray.pipeline.report import render
 from fmray.pipeline.scatter import Point
+from fmray.pipeline.sections import Code, LineChart, Report, ScatterChart, Section, Table, Tile
 from fmray.tuning.readings import value_for
 from fmray.tuning.table import Row, best_of, front_of, shown_metrics
 from fmray.tuning.trials import Trials, keys_text

@@ -12,9 +12,13 @@ from fmray.config.demo_recipes import DEMO_RECIPES, demo
 from fmray.config.loading import load_config, validate
 from fmray.config.rlhf import RlhfConfig
 from fmray.errors import ConfigError, ResourceError
-from fmray.pipeline.demo_stages import Stages, finished, placed, words_in
+from fmray.pipeline.demo_stages import Stages, placed, run_to_its_end, words_in
 from fmray.pipeline.sweep import open_sweep
-from fmray.runtime.context import Outcome
+from fmray.rlhf.loop import train_ppo
+from fmray.rlhf.roles import pool_plan
+from fmray.runtime.context import Context, Outcome
+from fmray.runtime.run_folder import RunFolder
+from tests.stories import story_run, tiny_t5
 
 
 def loaded(*words: str) -> DemoConfig:
@@ -84,15 +88,38 @@ def test_parts_may_be_written_as_words() -> None:
     assert loaded("parts=[rlhf]").parts == ("rlhf",)
 
 
-def test_stages_are_timed_and_an_unfinished_run_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_are_timed_and_said(capsys: pytest.CaptureFixture[str]) -> None:
     stage = Stages()
     with stage("first"):
         pass
     assert list(stage.seconds) == ["first"]
     assert "first" in capsys.readouterr().err
-    finished(Outcome(3, finished=True), "PPO")
-    with pytest.raises(ResourceError, match="PPO stopped after 3 steps"):
-        finished(Outcome(3, finished=False), "PPO")
+
+
+def test_a_run_goes_on_until_it_is_done_and_is_not_started_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = story_run(tmp_path, tiny_t5(tmp_path / "t5"), **{"train.iterations": 3})
+    home, starts = RunFolder.of(config.run), 0
+
+    def work(config: RlhfConfig, context: Context) -> Outcome:
+        nonlocal starts
+        starts += 1
+        if starts == 1:
+            home.write_text("", "stop")  # somebody wants it to end
+        return train_ppo(config, context)
+
+    with pytest.raises(ResourceError, match="PPO stopped after 1 steps"):
+        run_to_its_end("PPO", work, config, 3, pool_plan(config))
+    run_to_its_end("PPO", work, config, 3, pool_plan(config))
+    assert "done already" not in capsys.readouterr().err
+    run_to_its_end("PPO", work, config, 3, pool_plan(config))
+    assert "done already" in capsys.readouterr().err
+    assert starts == 2
+    assert home.metrics()[-1]["step"] == 3
+    changed = config.replace(ppo=config.ppo.replace(epochs=1))
+    with pytest.raises(ConfigError, match=r"ppo\.epochs"):
+        run_to_its_end("PPO", work, changed, 3, pool_plan(changed))
 
 
 def test_assets_are_found_wherever_they_stand() -> None:

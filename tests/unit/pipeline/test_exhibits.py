@@ -14,7 +14,8 @@ from fmray.data.loader import caption_key
 from fmray.data.sources import Source, open_source
 from fmray.evaluation.retrieval import PairEmbeddings
 from fmray.pipeline.exhibits import galleries, spread
-from fmray.pipeline.report import Report, render
+from fmray.pipeline.report import render
+from fmray.pipeline.sections import Report
 
 CAPTIONS = [["dog"], ["dog", "puppy"], ["cat", "kitten"]]
 TEXT_PD = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 0.6, 0.8], [0, 0.6, 0.8], [0, 0, 1.0]])

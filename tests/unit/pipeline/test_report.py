@@ -16,7 +16,9 @@ from PIL import Image
 
 from fmray.errors import DataError
 from fmray.pipeline.charts import Line, line_chart, number, span, ticks
-from fmray.pipeline.report import (
+from fmray.pipeline.report import render, write_report
+from fmray.pipeline.scatter import Point
+from fmray.pipeline.sections import (
     Answer,
     Bars,
     Code,
@@ -33,10 +35,7 @@ from fmray.pipeline.report import (
     Table,
     Text,
     Tile,
-    render,
-    write_report,
 )
-from fmray.pipeline.scatter import Point
 from fmray.pipeline.stacked import stacked_chart
 
 EVIL = "<script>alert('x')</script>\"' onload=alert(1) $title ${subtitle} &amp; 개"
@@ -134,6 +133,13 @@ def test_the_contents_lead_to_the_sections() -> None:
     targets = [(anchor["href"] or "").removeprefix("#") for anchor in parsed.named("a")]
     assert targets == [section["id"] for section in parsed.named("section")]
     assert len(targets) == len(sections("plain"))
+
+
+def test_a_text_opens_a_part_of_the_page() -> None:
+    bars = Bars("b", (), "")
+    parsed = Page(render(Report("r", "", (), (Text("first", ""), bars, Text("second", ""), bars, bars))))
+    kinds = [attributes.get("class") for tag, attributes in parsed.tags if tag in ("div", "section")]
+    assert kinds == ["part", "full", "half", "part", "full", "half", "half"]
 
 
 def test_right_answers_are_marked_for_eyes_and_screen_readers() -> None:

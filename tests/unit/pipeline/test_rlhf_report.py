@@ -10,7 +10,7 @@ import pytest
 from fmray.cli import door, rlhf
 from fmray.config.loading import dump_json
 from fmray.config.rlhf import RlhfConfig
-from fmray.pipeline.report import LineChart, Report, SideBySide, StackedChart, Table, render
+from fmray.pipeline.report import render
 from fmray.pipeline.rlhf_report import (
     PHASES,
     ppo_curves,
@@ -19,6 +19,7 @@ from fmray.pipeline.rlhf_report import (
     verdict_table,
 )
 from fmray.pipeline.second_opinion import Answers, all_answers
+from fmray.pipeline.sections import LineChart, Report, SideBySide, StackedChart, Table
 from fmray.pipeline.verdict import Finding, verdict
 from fmray.runtime.run_folder import RunFolder
 from tests.stories import story_run, tiny_t5
