@@ -28,6 +28,7 @@ def write_demo_report(
     sections: tuple[Section, ...] = (
         *(clip_sections(clip) if clip else ()),
         *(rlhf_sections(rlhf) if rlhf else ()),
+        Text("About this demo", about(config, folder)),
         Bars("Where the time went", tuple(summary["seconds"].items()), "s", "Of the last start."),
         Table("Versions", ("package", "version"), tuple(summary["versions"].items())),
         Table("Machine", ("", ""), tuple((key, str(value)) for key, value in summary["machine"].items())),
@@ -37,6 +38,16 @@ def write_demo_report(
     places = [f"{name} in {place(part)}" for name, part in (("CLIP", clip), ("PPO", rlhf)) if part]
     subtitle = f"{'; '.join(places)}; {summary['machine']['cpu']}; {summary['machine']['date']}"
     return write_report(Report("fmray demo", subtitle, tiles, sections), folder / "report.html")
+
+
+def about(config: DemoConfig, folder: Path) -> str:
+    """Where everything lies."""
+    parts = (config.clip, config.reward, config.rlhf, config.sweep)
+    names = ", ".join(part.run.name for part in parts)
+    return (
+        f"Each part is a run of its own under {folder.name}/ ({names}), with its configuration, metrics.jsonl and "
+        "checkpoints; summary.json holds this page's numbers."
+    )
 
 
 def place(part: ClipPart | RlhfPart) -> str:
@@ -168,7 +179,14 @@ def sweep_sections(part: RlhfPart) -> list[Section]:
     note = (
         f"PPO runs of {steps} iterations each, otherwise as the run above but for the keys under sweep.base."
     )
-    return [*sections, replace(trials_table, title="Sweep: trials", note=note)]
+    return [*sections, without_empty_columns(replace(trials_table, title="Sweep: trials", note=note))]
+
+
+def without_empty_columns(table: Table) -> Table:
+    """The table without columns that say nothing."""
+    kept = [i for i in range(len(table.columns)) if any(row[i] != "" for row in table.rows)]
+    rows = tuple(tuple(row[i] for i in kept) for row in table.rows)
+    return replace(table, columns=tuple(table.columns[i] for i in kept), rows=rows)
 
 
 def with_start(chart: ScatterChart, part: RlhfPart, x: str, y: str) -> ScatterChart:

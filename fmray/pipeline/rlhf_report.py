@@ -23,8 +23,8 @@ SHOWN = 10
 """Prompts whose answers are shown."""
 MEASURES = {
     "accuracy": "right",
-    "commonest_label": "by chance",
-    "calibration_error": "calibration error",
+    "commonest_label": "chance",
+    "calibration_error": "ECE",
     "brier": "Brier",
 }
 """What is shown of a reward model, and its name on the page."""
@@ -171,8 +171,8 @@ def reward_model_sections(reports: Reports, evaluation: Mapping[str, Any]) -> li
         )
         for part in bins
     )
-    columns = ("held-out part", "verdicts", *known.values())
-    note = "By chance: the share of the commonest label. Calibration error: how far confidence is from accuracy, on average."
+    columns = ("held-out part", "texts", *known.values())
+    note = "Chance: the share of the commonest label. ECE: how far confidence is from accuracy, on average over its bins."
     lines = tuple(
         Line(part.replace("_", " "), tuple((bin["confidence"], bin["accuracy"]) for bin in bins[part]))
         for part in bins

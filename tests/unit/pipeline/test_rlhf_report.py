@@ -97,7 +97,7 @@ def test_a_reward_models_parts_are_told_apart() -> None:
     evaluation: Mapping[str, Any] = {"metrics": metrics, "by_confidence": bins}
     table, chart, _ = reward_model_sections([{"step": 1, "train/loss": 0.7}], evaluation)
     assert isinstance(table, Table)
-    assert table.columns == ("held-out part", "verdicts", "right", "calibration error", "Brier")
+    assert table.columns == ("held-out part", "texts", "right", "ECE", "Brier")
     assert table.rows[0] == ("a few", 4, 0.75, 0.1, 0.4)
     assert isinstance(chart, LineChart)
     assert chart.lines[-1].points == ((0.6, 0.6), (1.0, 1.0))
