@@ -133,6 +133,7 @@ def tiny_demo(folder: Path, **changes: Any) -> str:
         },
         "sweep": {
             "base": {
+                "runtime": {"threads": 1},
                 "train": {"iterations": 1},
                 "rollout": {"batch_size": 8, "request_size": 4},
                 "ppo": {"mini_batch_size": 8},
