@@ -62,7 +62,9 @@ def rlhf(arguments: Arguments) -> int:
     from fmray.runtime.launch import launch
 
     outcome = launch(work, config, steps=config.train.iterations, pools=pool_plan(config))
-    say(f"{outcome.steps} iterations; checkpoints, metrics and samples in {config.run.storage}/{config.run.name}")
+    say(
+        f"{outcome.steps} iterations; checkpoints, metrics and samples in {config.run.storage}/{config.run.name}"
+    )
     return 0 if outcome.finished else TEMPORARY_FAILURE
 
 
@@ -129,15 +131,16 @@ def assets(arguments: Arguments) -> int:
 
 
 def benchmark(arguments: Arguments) -> int:
-    """Measure fmray beside a peer in one run: `fmray benchmark clip [--quick] [--results FILE]`."""
-    if not arguments or arguments[0] != "clip":
-        raise ConfigError(
-            "benchmark", " ".join(arguments), "write 'clip', and --help after it for its options"
-        )
-    from fmray.benchmarks.clip import run_clip
-
-    rows = run_clip(arguments[1:])
-    for row in rows:
+    """Measure fmray beside a peer in one run: `fmray benchmark clip|ppo [--quick] [--parts …] [--results FILE]`."""
+    name = arguments[0] if arguments else ""
+    if name == "clip":
+        from fmray.benchmarks.clip import run_clip as run
+    elif name == "ppo":
+        from fmray.benchmarks.ppo import run_ppo as run
+    else:
+        cure = "write 'clip' or 'ppo', and --help after it for its options"
+        raise ConfigError("benchmark", " ".join(arguments), cure)
+    for row in run(arguments[1:]):
         say("  ".join(cell for cell in row.cells if cell))
     return 0
 

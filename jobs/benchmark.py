@@ -1,4 +1,4 @@
-"""`python jobs/benchmark.py clip …`: the same as `fmray benchmark clip …`."""
+"""`python jobs/benchmark.py clip …` or `ppo …`: the same as `fmray benchmark clip …`."""
 
 import sys
 

@@ -5,24 +5,18 @@ Every figure is the median of repeats that alternate between the two sides (A B 
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
+from fmray.benchmarks.command import PARITY, read_options, run_parts
 from fmray.benchmarks.losses import compare_losses
 from fmray.benchmarks.overhead import compare_launchers
 from fmray.benchmarks.peers import OPEN_CLIP, Measured, Side, open_clip_side, our_side
-from fmray.benchmarks.table import Row, append, markdown
+from fmray.benchmarks.table import Row
 from fmray.benchmarks.workbench import FULL, QUICK, Sizes, peer_preparation, write_workbench
-from fmray.errors import ConfigError
-from fmray.runtime.machine import load_average
 
-PARITY = Path(".parity")
-"""Where peers' environments are kept, under the current folder."""
 SAME_LOSS = 1e-5
 """First losses of both sides agree to this."""
 
@@ -201,32 +195,10 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(
-            "benchmark clip", message, f"parts are {', '.join(PARTS)}; --help lists the options"
-        )
-
-
 def run_clip(arguments: Sequence[str]) -> list[Row]:
     """Parse, measure, append the table; the rows."""
-    parser = _Parser(prog="fmray benchmark clip", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it all runs, not how fast")
-    parser.add_argument(
-        "--results", type=Path, default=Path("RESULTS.md"), help="file to append the table to"
-    )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these")
-    options = parser.parse_args(arguments)
+    options = read_options("clip", __doc__, list(PARTS), arguments)
     with tempfile.TemporaryDirectory(prefix="fmray-benchmark-") as folder:
         bench = Bench(OPEN_CLIP.python(PARITY), Path(folder), QUICK if options.quick else FULL)
         bench.make()
-        rows: list[Row] = []
-        for name in options.parts:
-            sys.stderr.write(f"· {name} …\n")
-            rows += PARTS[name](bench)
-            bench.notes.append(f"{name}: load average {load_average()} at its end.")
-    command = " ".join(["fmray benchmark clip", *(["--quick"] if options.quick else [])])
-    if options.parts != list(PARTS):
-        command += f" --parts {' '.join(options.parts)}"
-    append(markdown(rows, command, bench.peer, bench.notes), options.results)
-    return rows
+        return run_parts(PARTS, options, bench)

@@ -174,6 +174,21 @@ def our_side(threads: int) -> Side:
     return Side("fmray", [sys.executable, "-m", "fmray.benchmarks.our_side"], threads)
 
 
+def trl_side(python: Path, threads: int) -> Side:
+    """trl 0.11.4's process."""
+    return Side("trl", [str(python), str(SCRIPTS / "trl_side" / "ppo_speed.py")], threads)
+
+
+def ppo_side(threads: int) -> Side:
+    """A process of fmray that answers questions about PPO."""
+    return Side("fmray", [sys.executable, "-m", "fmray.benchmarks.ppo_side"], threads)
+
+
+def held_side(config: str, threads: int) -> Side:
+    """A PPO run of fmray, one iteration for each question."""
+    return Side("fmray", [sys.executable, "-m", "fmray.benchmarks.ppo_held", config], threads)
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Repeats of one figure, in one unit."""

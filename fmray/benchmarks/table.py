@@ -48,7 +48,7 @@ def markdown(rows: Sequence[Row], command: str, peer: dict[str, str], notes: Seq
         f"\n## {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} · `{command}`\n",
         f"{here['cpu']}, {here['cores']} cores, {here['system']}  ",
         f"fmray side: {', '.join(f'{name} {version}' for name, version in ours.items())}  ",
-        f"peer side: {', '.join(f'{name} {version}' for name, version in peer.items())}\n",
+        f"peer side: {', '.join(f'{name} {version}' for name, version in peer.items()) or 'none'}\n",
         "| what | ours | theirs / before | ratio | bar | met |",
         "|---|---|---|---|---|---|",
     ]

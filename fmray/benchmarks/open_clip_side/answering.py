@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
-def answer_questions(answers: Mapping[str, Callable[..., Any]]) -> None:
-    """Until standard input ends: `{"ask": "steps", "count": 3}` calls `answers["steps"](count=3)` and writes its result.
+@contextmanager
+def conversation() -> Iterator[tuple[Iterator[dict[str, Any]], Callable[[Any], None]]]:
+    """The questions, as they come, until standard input ends; and what to answer with.
 
     What libraries print goes to standard error, so that standard output holds answers alone.
     """
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
-        for line in sys.stdin:
-            question = json.loads(line)
-            result = answers[question.pop("ask")](**question)
+
+        def answer(result: Any) -> None:
             out.write(json.dumps(result) + "\n")
             out.flush()
+
+        yield map(json.loads, sys.stdin), answer
+
+
+def answer_questions(answers: Mapping[str, Callable[..., Any]]) -> None:
+    """Until standard input ends: `{"ask": "steps", "count": 3}` calls `answers["steps"](count=3)` and writes its result."""
+    with conversation() as (questions, answer):
+        for question in questions:
+            answer(answers[question.pop("ask")](**question))
