@@ -75,7 +75,7 @@ def clip_emoji_korean() -> PretrainConfig:
 
 
 def demo() -> PretrainConfig:
-    """clip_emoji under Ray Train: 2 workers, DeepSpeed ZeRO-2; what `make demo` runs."""
+    """clip_emoji under Ray Train: 2 workers, DeepSpeed ZeRO-2; the first part of `make demo`."""
     return clip_emoji().replace(
         run=RunConfig(name="demo"),
         runtime=RuntimeConfig(kind="ray", workers=2),
