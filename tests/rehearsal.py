@@ -21,9 +21,7 @@ from fmray.types import Metrics
 def rank_context(config: RlhfConfig, rank: int = 0, world_size: int = 1) -> WorkerContext:
     """Rank `rank` with pools of its own in this process."""
     cpu = torch.device("cpu")
-    return WorkerContext(
-        rank, world_size, cpu, RunFolder.of(config.run), LocalPools(pool_plan(config), cpu)
-    )
+    return WorkerContext(rank, world_size, cpu, RunFolder.of(config.run), LocalPools(pool_plan(config), cpu))
 
 
 def started(config: RlhfConfig, rank: int = 0, world_size: int = 1) -> tuple[PpoLearner, WorkerContext]:

@@ -45,13 +45,15 @@ class ClassifierReward(RewardBase):
 
 
 class GrammarReward(RewardBase):
-    """A grammar-edit tagger: mean log P(keep) over the words; 0: nothing to mend. Empty: -log of the number of tags."""
+    """A grammar-edit tagger: mean P(keep) over the words; 1: nothing to mend. Empty: 1 / number of tags."""
 
     kind: Literal["grammar"] = "grammar"
     source: str = "asset:grammar_tagger"
     """A token-classification model with a KEEP label."""
     keep_label: str = "$KEEP"
     """The label that changes nothing."""
+    output: Literal["probability", "log_probability"] = "probability"
+    """`probability` is bounded, so one odd text does not set the scale of all; the log punishes a single wrong word more."""
     max_tokens: Annotated[int, Field(ge=1)] = 256
     """Longer texts lose their end."""
     batch_size: Annotated[int, Field(ge=1)] = 64

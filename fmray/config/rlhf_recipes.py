@@ -38,24 +38,25 @@ def ppo_reviews() -> RlhfConfig:
         prompts=PromptConfig(
             source=ReviewPromptSource(), template="Continue the movie review: {}", max_tokens=48
         ),
-        policy=PolicyConfig(source="asset:flan_t5_small"),
+        policy=PolicyConfig(source="asset:flan_t5_small", freeze_embeddings=True),
         critic=CriticConfig(kind="shared"),
         reference=ReferenceConfig(precision="bf16"),
-        rollout=RolloutConfig(batch_size=64, request_size=32, max_new_tokens=24),
+        rollout=RolloutConfig(batch_size=64, request_size=32, max_new_tokens=24, precision="bf16"),
+        engine=EngineConfig(precision="bf16"),
         rewards={
             "sentiment": ClassifierReward(source=SENTIMENT_RUN, label="positive"),
-            "grammar": GrammarReward(weight=0.5),
-            "length": LengthReward(weight=0.2, min_tokens=10, normalize="none"),
+            "grammar": GrammarReward(weight=1.0),
+            "length": LengthReward(weight=0.3, min_tokens=10, normalize="none"),
             "repetition": RepetitionReward(weight=0.5, normalize="none"),
         },
         ppo=PpoConfig(
             mini_batch_size=32,
-            kl=KlConfig(coefficient=0.05, controller="adaptive", target=5.0, horizon=2000),
+            kl=KlConfig(coefficient=0.1, controller="adaptive", target=4.5, horizon=150),
         ),
         optimizer=OptimizerConfig(
-            lr=5e-5, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, schedule="linear", warmup_steps=4
+            lr=1.5e-4, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, schedule="linear", warmup_steps=4
         ),
-        train=IterationConfig(iterations=30, checkpoint_every=10),
+        train=IterationConfig(iterations=20, evaluate_prompts=128, checkpoint_every=10),
     )
 
 
@@ -94,7 +95,7 @@ def ppo_demo() -> RlhfConfig:
     return t5.replace(
         run=RunConfig(name="ppo_demo"),
         runtime=RuntimeConfig(kind="ray", workers=1, cpus_per_worker=0.5, threads=2),
-        engine=EngineConfig(kind="deepspeed", zero_stage=2),
+        engine=EngineConfig(kind="deepspeed", zero_stage=2, precision="bf16"),
         reference=t5.reference.replace(pool=small),
         rollout=t5.rollout.replace(pool=two),
         rewards={

@@ -139,7 +139,12 @@ class SentenceProbe:
         """Fitted to labelled texts. Raises ConfigError where the encoder cannot be loaded."""
         encoder = SentenceEncoder(source, device)
         weight_D, bias = fit_logistic(encoder.embed(texts), torch.tensor(labels, dtype=torch.float64))
-        return cls(encoder, weight_D, bias, f"log-odds of a logistic regression on frozen {source.removeprefix('asset:')}")
+        return cls(
+            encoder,
+            weight_D,
+            bias,
+            f"log-odds of a logistic regression on frozen {source.removeprefix('asset:')}",
+        )
 
     def log_odds(self, texts: Sequence[str]) -> Tensor:
         return self.encoder.embed(texts) @ self.weight_D + self.bias

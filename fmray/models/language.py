@@ -100,13 +100,14 @@ def response_states(
             both = torch.stack([prompt_ids_BP, prompt_mask_BP], dim=1)
             both, prompt_of_B = torch.unique(both, dim=0, return_inverse=True)
             encoder_ids, encoder_mask = both[:, 0], both[:, 1]
-        encoded = model.get_encoder()(input_ids=encoder_ids, attention_mask=encoder_mask).last_hidden_state
+        encoder_words, decoder_words = _embedded(model, encoder_ids, decoder_ids)
+        encoded = model.get_encoder()(**encoder_words, attention_mask=encoder_mask).last_hidden_state
         if prompt_of_B is not None:
             encoded = encoded[prompt_of_B]
         # responses are padded to the right and the decoder looks to the left: it needs no mask of its own, and one by
         # `ids != pad` would hide the start token, which T5 shares with padding
         decoded = model.get_decoder()(
-            input_ids=decoder_ids,
+            **decoder_words,
             encoder_hidden_states=encoded,
             encoder_attention_mask=prompt_mask_BP,
             use_cache=False,
@@ -120,6 +121,25 @@ def response_states(
     before = prompt_ids_BP.shape[1] - 1
     states = body.last_hidden_state[:, before:-1]
     return states
+
+
+def _embedded(
+    model: PreTrainedModel, encoder_ids: Tensor, decoder_ids: Tensor
+) -> tuple[dict[str, Tensor], ...]:
+    """What encoder and decoder are given: where they share one plain table, one look-up for both.
+
+    The gradient of a look-up is as large as the table: two of them would be made and added at every step.
+    """
+    table = model.get_input_embeddings()
+    theirs = [stack.get_input_embeddings() for stack in (model.get_encoder(), model.get_decoder())]
+    if not all(type(own) is nn.Embedding and own.weight is table.weight for own in theirs):
+        return {"input_ids": encoder_ids}, {"input_ids": decoder_ids}
+    both = table(torch.cat([encoder_ids.reshape(-1), decoder_ids.reshape(-1)]))
+    encoder, decoder = both.split([encoder_ids.numel(), decoder_ids.numel()])
+    return (
+        {"inputs_embeds": encoder.view(*encoder_ids.shape, -1)},
+        {"inputs_embeds": decoder.view(*decoder_ids.shape, -1)},
+    )
 
 
 def response_logits(model: PreTrainedModel, states_ND: Tensor) -> Tensor:

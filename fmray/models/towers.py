@@ -74,8 +74,8 @@ def locate(source: str, key: str) -> str:
 def locate_model(source: str, key: str) -> str:
     """As `locate`, and for a run or checkpoint folder the model in it; raises CheckpointError where it holds none."""
     location = locate(source, key)
-    # a run folder has a config.json too: weights are what tells a model
-    if Path(location).is_dir() and not any(Path(location).glob("*.safetensors")):
+    # a run folder has a config.json too, so that does not tell a model
+    if any(Path(location, name).is_dir() for name in ("checkpoints", "model")):
         return find_model_folder(location)
     return location
 

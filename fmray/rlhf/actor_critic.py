@@ -52,7 +52,7 @@ class ActorCritic(nn.Module):
         mask_BT: Tensor,
         value_mask_BT: Tensor,
     ) -> dict[str, Tensor]:
-        """`logp_BT`, `entropy_BT` and, with a critic, `values_BT`; float32, 0 outside the masks.
+        """`logp_BT`, with a critic `values_BT`, and `entropy_BT` where it learns or nothing does; float32, 0 outside the masks.
 
         The value at t is of the state before token t; `value_mask_BT` says where it is asked. The output matrix, the largest of
         a small model, is applied to real tokens alone.
@@ -63,9 +63,10 @@ class ActorCritic(nn.Module):
         logits_1NV = response_logits(self.policy, states_BTD[real_BT]).unsqueeze(0)
         ids_1N = response_ids_BT[real_BT].unsqueeze(0)
         outputs = {"logp_BT": _spread(token_logp(logits_1NV, ids_1N, self.temperature)[0], real_BT)}
-        with torch.set_grad_enabled(self._entropy_learns and torch.is_grad_enabled()):
-            entropy_N = token_entropy(logits_1NV, self.temperature)[0]
-        outputs["entropy_BT"] = _spread(entropy_N, real_BT)
+        if (
+            self._entropy_learns or not torch.is_grad_enabled()
+        ):  # where it neither learns nor is reported, it idles
+            outputs["entropy_BT"] = _spread(token_entropy(logits_1NV, self.temperature)[0], real_BT)
         if self.value_head is not None:
             if self.critic is not None:
                 states_BTD = response_states(self.critic, *asked, shared_prompts=self._shared_prompts)

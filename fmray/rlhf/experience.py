@@ -54,13 +54,16 @@ class Crew:
     context: Context
     language: Language
     prompts: tuple[Prompt, ...]
+    test_prompts: tuple[Prompt, ...]
     _order: PromptOrder
     _in_flight: dict[int, list[tuple[int, Answer[Rollouts] | Rollouts]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: RlhfConfig, context: Context, language: Language) -> Crew:
         prompts = open_prompts(config.prompts, "train")
-        return cls(config, context, language, prompts, PromptOrder(len(prompts), config.run.seed))
+        held_out = config.train.evaluate_prompts
+        test = open_prompts(config.prompts, "test")[:held_out] if held_out else ()
+        return cls(config, context, language, prompts, test, PromptOrder(len(prompts), config.run.seed))
 
     # ------------------------------------------------------------------------------------------------------------- act
 
@@ -161,7 +164,7 @@ class Crew:
 
     def on_test_prompts(self, version: int) -> Judged:
         """Fixed held-out prompts, answered and judged: the same samples' noise at every evaluation."""
-        prompts = open_prompts(self.config.prompts, "test")[: self.config.train.evaluate_prompts]
+        prompts = self.test_prompts
         ranks, rollout = self.context.world_size, self.config.rollout
         # requests of one size, the same number for every rank; what does not fill the last ones is left out
         per_request = min(rollout.request_size // rollout.samples_per_prompt, len(prompts) // ranks)

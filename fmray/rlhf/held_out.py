@@ -54,7 +54,9 @@ def scores_of(judged: Judged, learner: PpoLearner) -> Metrics:
         mean, std = valid.mean().item(), valid.std(correction=0).item()
         start_mean, start_std = learner.starting_scores.setdefault(name, (mean, std))
         metrics |= {f"eval/{name}/raw": mean, f"eval/{name}/raw_std": std}
-        unit = start_std if start_std > 1e-6 else 1.0  # a reward that was the same everywhere has no unit of its own
+        unit = (
+            start_std if start_std > 1e-6 else 1.0
+        )  # a reward that was the same everywhere has no unit of its own
         score_B += learner.config.rewards[name].weight * (raw_B - start_mean) / unit
     scored = score_B[~score_B.isnan()]
     return metrics | {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,9 +150,26 @@ def threads_per_worker(runtime: RuntimeConfig) -> int:
     return runtime.threads or max(1, (os.cpu_count() or 1) // max(runtime.worker_counts))
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: a gradient as large as a vocabulary would else be mapped and zeroed anew at every step.
+
+    A tenth of a small model's step on a CPU; the highest use of memory stays the same, what is held between peaks grows.
+    """
+    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
+        return
+    for option, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (ARENA_MAX, 1)):
+        library.mallopt(option, value)
+
+
+MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8
+"""Numbers of malloc.h's M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX."""
+
+
 def prepare_process(runtime: RuntimeConfig) -> None:
-    """Threads, and libraries that talk less, for a process that computes."""
+    """Threads, memory, and libraries that talk less, for a process that computes."""
     from transformers.utils import logging as transformers_logging
+
+    keep_freed_memory()
 
     torch.set_num_threads(threads_per_worker(runtime))
     transformers_logging.disable_progress_bar()  # ours is the one that people watch

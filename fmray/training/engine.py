@@ -106,7 +106,9 @@ class TorchEngine:
 
     def step(self, learning_rates: list[float]) -> float:
         self._average_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip or float("inf"), foreach=True)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self._clip:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm, foreach=True)
         for group, rate in zip(self._optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
         self._optimizer.step()

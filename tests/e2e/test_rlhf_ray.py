@@ -122,7 +122,11 @@ def test_6_22_dead_rollout_reward_and_learner_change_nothing(ray_session: None, 
     policy = tiny_t5(tmp_path / "t5")
     run(story_run(tmp_path, policy, **LONG, **{"run.name": "whole"}))
     expected = state(tmp_path, "whole", 60)
-    for name, role in {"rollout": "rollout[", "reward": "reward.letters[", "learner": "RayTrainWorker"}.items():
+    for name, role in {
+        "rollout": "rollout[",
+        "reward": "reward.letters[",
+        "learner": "RayTrainWorker",
+    }.items():
         config = on_ray(tmp_path, policy, **LONG, **{"run.name": name})
         assert while_running(config, tmp_path, 7, kill(role)).finished
         assert_equal_runs(tmp_path, "whole", name, 0.0)
@@ -151,7 +155,9 @@ def test_pools_too_large_for_the_cluster_are_refused_before_they_start(
     ray_session: None, tmp_path: Path
 ) -> None:
     config = on_ray(tmp_path, tiny_t5(tmp_path / "t5"), **{"reference.pool": {"cpus": 100}})
-    with pytest.raises(Exception, match=r"the pools rollout×2, reference×1.*need .* CPU, but the cluster has 4"):
+    with pytest.raises(
+        Exception, match=r"the pools rollout×2, reference×1.*need .* CPU, but the cluster has 4"
+    ):
         run(config)
 
 

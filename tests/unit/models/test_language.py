@@ -119,7 +119,6 @@ def test_a_saved_model_is_the_same_model(folder: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_language_model_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match=r"policy\.source=.*cannot be loaded as a language model"):
         open_language_model(str(tmp_path), "policy.source")
 

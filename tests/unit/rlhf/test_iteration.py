@@ -198,7 +198,9 @@ def test_6_20_a_rollout_policy_that_is_not_the_learners_stops_the_run(tmp_path: 
     learner, context = started(story_run(tmp_path, tiny_t5(tmp_path / "t5")))
     with torch.no_grad():
         learner.model.policy.lm_head.weight.mul_(3)
-    with pytest.raises(PoolError, match=r"rollout\.logp_limit=0\.05: the rollout policy is not the learner's"):
+    with pytest.raises(
+        PoolError, match=r"rollout\.logp_limit=0\.05: the rollout policy is not the learner's"
+    ):
         credited(learner, context)
 
 

@@ -296,7 +296,7 @@ def grammar(source: Path, **keys: object) -> GrammarReward:
     return GrammarReward.model_validate({"source": str(source), "max_tokens": 32, **keys})
 
 
-def test_grammar_is_the_mean_over_words_of_log_p_keep_at_first_subwords(tmp_path: Path) -> None:
+def test_grammar_is_the_mean_over_words_of_p_keep_at_first_subwords(tmp_path: Path) -> None:
     folder = tagger(tmp_path)
     model = AutoModelForTokenClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -304,8 +304,10 @@ def test_grammar_is_the_mean_over_words_of_log_p_keep_at_first_subwords(tmp_path
     ids = tokenizer.convert_tokens_to_ids(["[CLS]", "don", "'", "t", "watch", "##s", "it", ".", "[SEP]"])
     with torch.no_grad():
         keep = model(torch.tensor([ids])).logits[0].log_softmax(-1)[:, 1]
-    expected = keep[torch.tensor([1, 4, 6, 7])].mean().item()
-    assert raw(grammar(folder), "don't watchs it.") == [pytest.approx(expected, abs=1e-5)]
+    first = keep[torch.tensor([1, 4, 6, 7])]
+    assert raw(grammar(folder), "don't watchs it.") == [pytest.approx(first.exp().mean().item(), abs=1e-5)]
+    in_logs = grammar(folder, output="log_probability")
+    assert raw(in_logs, "don't watchs it.") == [pytest.approx(first.mean().item(), abs=1e-5)]
 
 
 def test_words_of_a_tagger() -> None:
@@ -324,8 +326,9 @@ def test_batch_and_order_change_no_grammar_score(tmp_path: Path) -> None:
 
 def test_a_text_without_words_scores_like_a_tagger_that_knows_nothing(tmp_path: Path) -> None:
     config = grammar(tagger(tmp_path))
-    assert raw(config, "", " \n\t ", "\u200b\x00") == pytest.approx([-math.log(3)] * 3)
-    assert raw(config, "", "bad")[0] == pytest.approx(-math.log(3))
+    assert raw(config, "", " \n\t ", "\u200b\x00") == pytest.approx([1 / 3] * 3)
+    in_logs = config.replace(output="log_probability")
+    assert raw(in_logs, "", "bad")[0] == pytest.approx(-math.log(3))
 
 
 def test_a_long_text_loses_its_end_in_grammar(tmp_path: Path) -> None:
