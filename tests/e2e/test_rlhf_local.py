@@ -48,7 +48,7 @@ def state(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
 def test_6_24_a_toy_task_is_learned_with_a_bounded_kl(family: str, tmp_path: Path) -> None:
-    """The share of the letters e, a and i in the answers rises by more than two of its deviations; the KL stays near its target."""
+    """The share of the letters e, a and i rises by more than two of its deviations; the KL stays near its target."""
     policy = (tiny_t5 if family == "t5" else tiny_gpt2)(tmp_path / family)
     options: dict[str, Any] = {
         "rewards.repetition.weight": 0.0,
