@@ -99,6 +99,10 @@ def test_a_run_goes_on_with_another_number_of_workers_and_another_engine(
     assert losses(tmp_path, "moved") == pytest.approx(losses(tmp_path, "whole"), rel=TIGHT)
 
 
+KEPT = (("memory", "json"), ("tensors", "safetensors"))
+"""What each rank writes."""
+
+
 def test_an_elastic_run_takes_what_there_is(ray_session: None, tmp_path: Path) -> None:
     """Of four CPUs, two workers that want two each are the most that fit; three are wanted, one would do."""
     wide = {"runtime__kind": "ray", "runtime__workers": (1, 3), "runtime__cpus_per_worker": 2.0}
@@ -107,7 +111,8 @@ def test_an_elastic_run_takes_what_there_is(ray_session: None, tmp_path: Path) -
     files = sorted(
         path.name for path in (tmp_path / "runs/elastic/checkpoints/step-00000003/state").iterdir()
     )
-    assert files == ["tensors-00000.safetensors", "tensors-00001.safetensors", "trainer.json"]
+    each = [f"{kind}-{rank:05d}.{ending}" for kind, ending in KEPT for rank in range(2)]
+    assert files == [*each, "trainer.json"]
 
 
 def worker_pid(folder: Path, name: str) -> int:
