@@ -146,8 +146,17 @@ class Side:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """This process's variables with the same number of threads for everyone, and no import path of ours."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """This process's variables with the same number of threads for everyone, without our import path and our process group."""
+    ours = {
+        "PYTHONPATH",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
     return kept | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

@@ -74,8 +74,10 @@ def locate(source: str, key: str) -> str:
 def locate_model(source: str, key: str) -> str:
     """As `locate`, and for a run or checkpoint folder the model in it; raises CheckpointError where it holds none."""
     location = locate(source, key)
-    # a run folder has a config.json too, so that does not tell a model
-    if any(Path(location, name).is_dir() for name in ("checkpoints", "model")):
+    folder = Path(location)
+    # a run folder has a config.json too, so that alone does not tell a model
+    holds_one = any((folder / name).is_dir() for name in ("checkpoints", "model"))
+    if folder.is_dir() and (holds_one or not (folder / "config.json").is_file()):
         return find_model_folder(location)
     return location
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from fmray.config.loading import dump_json
 from fmray.config.schema import ReportConfig
 from fmray.errors import ResourceError
 from fmray.runtime.metrics import (
@@ -16,6 +17,7 @@ from fmray.runtime.metrics import (
     FileReporter,
     PrometheusReporter,
     drop_reports_after,
+    family_of,
     make_reporters,
     prometheus_name,
 )
@@ -98,14 +100,25 @@ def test_prometheus_serves_the_table_over_http() -> None:
             PrometheusReporter(taken.getsockname()[1])
 
 
-def test_the_loop_reports_only_names_of_the_table(tmp_path: Path) -> None:
-    """Read from a real run's file."""
-    from fmray.cli import door, pretrain
+def test_the_loops_report_the_names_of_the_table(tmp_path: Path) -> None:
+    """Read from real runs' files: of pretraining, a reward model, PPO; together they are all names that there are."""
+    from fmray.cli import door, pretrain, reward, rlhf
+    from tests.opinions import write_opinion_config
     from tests.pictures import write_config
+    from tests.stories import story_run, tiny_t5
 
-    assert door(pretrain, ["--config", str(write_config(tmp_path, "names", train__steps=2))]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "runs/names/metrics.jsonl").read_text().splitlines()]
-    names = {name for line in lines for name in line if not name.startswith("eval/")} - {"step", "time"}
+    story = tmp_path / "story.json"
+    story.write_text(dump_json(story_run(tmp_path, tiny_t5(tmp_path / "t5"))), encoding="utf-8")
+    configs = {
+        pretrain: write_config(tmp_path, "pairs", train__steps=2),
+        reward: write_opinion_config(tmp_path, "opinions", "pairs", train__steps=2),
+        rlhf: story,
+    }
+    for work, config in configs.items():
+        assert door(work, ["--config", str(config)]) == 0
+    files = [tmp_path / "runs" / name / "metrics.jsonl" for name in ("pairs", "opinions", "story")]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    names = {name for line in lines for name in line if family_of(name) is None} - {"step", "time"}
     assert names == set(METRICS)
     assert loop.due(4, 2)
     assert not loop.due(4, None)
