@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from tests.keys import with_keys
 from tests.stories import OBJECTS, SUBJECTS, make_tokenizer
 
 GRADES = ("loves", "likes", "bears", "hates")
@@ -77,13 +78,7 @@ def opinion_run(folder: Path, kind: str = "labelled", **changes: Any) -> dict[st
         "train": {"steps": 40},
         "evaluate": {"batch_size": 8},
     }
-    for dotted, value in changes.items():
-        *sections, key = dotted.split("__")
-        place = config
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
-    return config
+    return with_keys(config, changes, "__")
 
 
 def write_opinion_config(folder: Path, name: str, kind: str = "labelled", **changes: Any) -> Path:

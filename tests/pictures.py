@@ -13,6 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, PreTrainedTokenizerFast
 
+from tests.keys import with_keys
+
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -104,13 +106,7 @@ def shapes_run(folder: Path, **changes: Any) -> dict[str, Any]:
         "train": {"steps": 20},
         "evaluate": {"batch_size": 8},
     }
-    for dotted, value in changes.items():
-        *sections, key = dotted.split("__")
-        place = config
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
-    return config
+    return with_keys(config, changes, "__")
 
 
 def write_config(folder: Path, name: str, **changes: Any) -> Path:

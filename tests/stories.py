@@ -25,6 +25,7 @@ from transformers import (
 
 from fmray.config.rlhf import RlhfConfig
 from fmray.models.language import save_language_model
+from tests.keys import with_keys
 
 SUBJECTS = ("the dog", "a cat", "my old friend", "the small bird", "our teacher", "that king")
 VERBS = ("likes", "hates", "sees", "wants", "remembers")
@@ -133,14 +134,8 @@ def story_run(folder: Path, policy: Path, **changes: Any) -> RlhfConfig:
         "optimizer": {"lr": 1e-3},
         "train": {"iterations": 2, "evaluate_prompts": 4, "samples_every": 1},
     }
-    for key, value in changes.items():
-        keys = _with(keys, key.split("."), value)
+    keys = with_keys(keys, changes, ".")
     return RlhfConfig.model_validate(keys)
-
-
-def _with(keys: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    inner = _with(keys.get(path[0], {}), path[1:], value) if len(path) > 1 else value
-    return {**keys, path[0]: inner}
 
 
 def letter_share(texts: list[str], prompts: list[str]) -> list[float]:

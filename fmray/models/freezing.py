@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,22 +29,39 @@ def parameter_groups(
 
     Biases, norms and scalars (fewer than two dimensions) never decay. Raises ConfigError where nothing learns.
     """
-    groups: dict[tuple[str, bool], ParameterGroup] = {}
     locked = {part: _locked_parameters(model, part, config) for part, config in parts.items()}
     for name, parameter in model.named_parameters():
-        part: Any = name.split(".", 1)[0]
-        config = parts.get(part, PartConfig())
-        parameter.requires_grad_(name not in locked.get(part, ()))
-        if not parameter.requires_grad:
-            continue
-        decays = parameter.dim() >= 2
-        decay = (weight_decay if config.weight_decay is None else config.weight_decay) if decays else 0.0
-        rate = lr if config.lr is None else config.lr
-        label = f"{part}{'' if decays else '/no_decay'}"
-        group = groups.setdefault((part, decays), ParameterGroup(label, [], rate, decay))
-        group.parameters.append(parameter)
+        parameter.requires_grad_(name not in locked.get(_part_of(name), ()))
+
+    def learns(name: str) -> tuple[str, float, float]:
+        config = parts.get(_part_of(name), PartConfig())
+        decay = weight_decay if config.weight_decay is None else config.weight_decay
+        return _part_of(name), lr if config.lr is None else config.lr, decay
+
+    groups = grouped(model, learns)
     if not groups:
         raise ConfigError("parts", "none", "every part is locked: let at least one learn")
+    return groups
+
+
+def _part_of(name: str) -> Any:
+    return name.split(".", 1)[0]
+
+
+def grouped(model: nn.Module, learns: Callable[[str], tuple[str, float, float]]) -> list[ParameterGroup]:
+    """What learns, by part and by whether it decays; `learns` gives a parameter's part, learning rate and weight decay.
+
+    Biases, norms and scalars (fewer than two dimensions) never decay; they are a group of their own where the rest does.
+    """
+    groups: dict[tuple[str, bool], ParameterGroup] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, lr, decay = learns(name)
+        apart = decay > 0 and parameter.dim() < 2
+        label = f"{part}/no_decay" if apart else part
+        group = groups.setdefault((part, apart), ParameterGroup(label, [], lr, 0.0 if apart else decay))
+        group.parameters.append(parameter)
     return list(groups.values())
 
 

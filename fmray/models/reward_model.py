@@ -34,7 +34,7 @@ from fmray.config.reward import RewardModelSection
 from fmray.config.schema import TowerConfig
 from fmray.errors import CheckpointError, ConfigError
 from fmray.manifest import find_model_folder
-from fmray.models.freezing import ParameterGroup
+from fmray.models.freezing import ParameterGroup, grouped
 from fmray.models.towers import load_tokenizer, locate, locate_model, tower_config
 
 SCORE_NAME = "reward"
@@ -203,18 +203,16 @@ def learning_groups(
     model: PreTrainedModel, section: RewardModelSection, lr: float, decay: float
 ) -> list[ParameterGroup]:
     """Body and head, with and without decay; biases, norms and scalars never decay. Freezes what is told to be frozen."""
-    frozen = {id(model.get_input_embeddings().weight)} if section.freeze_embeddings else set()
-    groups: dict[tuple[bool, bool], ParameterGroup] = {}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) not in frozen)
-        if not parameter.requires_grad:
-            continue
-        head, decays = is_head(model, name), parameter.dim() >= 2
+    model.requires_grad_(True)
+    if section.freeze_embeddings:
+        model.get_input_embeddings().weight.requires_grad_(False)
+
+    def learns(name: str) -> tuple[str, float, float]:
+        head = is_head(model, name)
         rate = section.head_lr if head and section.head_lr is not None else lr
-        label = f"{'head' if head else 'body'}{'' if decays else '/no_decay'}"
-        group = groups.setdefault((head, decays), ParameterGroup(label, [], rate, decay if decays else 0.0))
-        group.parameters.append(parameter)
-    return list(groups.values())
+        return "head" if head else "body", rate, decay
+
+    return grouped(model, learns)
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from fmray.rlhf.records import RolloutRequest, Rollouts, Scores, pad_right
 from fmray.rlhf.roles import REFERENCE, ROLLOUT, ReferencePolicy, RolloutPolicy, reward_pool
 from fmray.rlhf.scoring import RewardRole
 from fmray.runtime.context import Context
-from fmray.runtime.pool import Answer
+from fmray.runtime.pool import Answer, Ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Crew:
     prompts: tuple[Prompt, ...]
     test_prompts: tuple[Prompt, ...]
     _order: PromptOrder
-    _in_flight: dict[int, list[tuple[int, Answer[Rollouts] | Rollouts]]] = field(default_factory=dict)
+    _in_flight: dict[int, list[tuple[int, Answer[Rollouts]]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: RlhfConfig, context: Context, language: Language) -> Crew:
@@ -115,8 +116,8 @@ class Crew:
         """Wait for the iteration's samples; each part goes on to the judges, all at once, as soon as it is there."""
         return [self._ask_judges(number, answer) for number, answer in self._in_flight.pop(iteration)]
 
-    def _ask_judges(self, number: int, answer: Answer[Rollouts] | Rollouts) -> _Asked:
-        rollouts = answer if isinstance(answer, Rollouts) else answer.result()
+    def _ask_judges(self, number: int, answer: Answer[Rollouts]) -> _Asked:
+        rollouts = answer.result()
         pools = self.context.pools
         shared = pools.share(rollouts)
         reference = None
@@ -176,48 +177,34 @@ class Crew:
 
     # ------------------------------------------------------------------------------------------------------- in flight
 
-    def remembered(self) -> tuple[list[dict[str, object]], dict[str, Tensor]]:
+    def remembered(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """The samples in flight, waited for: what is text, and what are tensors."""
-        texts: list[dict[str, object]] = []
+        texts: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
         for iteration, parts in sorted(self._in_flight.items()):
-            for place, (number, answer) in enumerate(parts):
-                rollouts = answer if isinstance(answer, Rollouts) else answer.result()
-                parts[place] = (number, rollouts)
-                texts.append(
-                    {
-                        "iteration": iteration,
-                        "number": number,
-                        "prompts": rollouts.prompts,
-                        "responses": rollouts.responses,
-                    }
-                )
+            for number, answer in parts:
+                rollouts = answer.result()
+                place = {"iteration": iteration, "number": number}
+                texts.append(place | {"prompts": rollouts.prompts, "responses": rollouts.responses})
                 tensors |= {
                     f"{iteration}|{number}|{name}": value.contiguous()
-                    for name in rollouts.__slots__
-                    if isinstance(value := getattr(rollouts, name), Tensor)
+                    for name, value in rollouts.tensors().items()
                 }
         return texts, tensors
 
-    def recall(self, texts: Sequence[dict[str, object]], tensors: dict[str, Tensor]) -> None:
+    def recall(self, texts: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
         """Take up this rank's share of what all ranks remembered, as answers that are already there."""
         self._in_flight.clear()
         for row in texts:
-            iteration, number = int(str(row["iteration"])), int(str(row["number"]))
+            iteration, number = row["iteration"], row["number"]
             if number % self.context.world_size != self.context.rank:
                 continue
             stem = f"{iteration}|{number}|"
             parts = {
                 name.removeprefix(stem): value for name, value in tensors.items() if name.startswith(stem)
             }
-            prompts, responses = (tuple(map(str, _list(row[key]))) for key in ("prompts", "responses"))
-            rollouts = Rollouts(**parts, prompts=prompts, responses=responses)
-            self._in_flight.setdefault(iteration, []).append((number, rollouts))
-
-
-def _list(value: object) -> list[object]:
-    assert isinstance(value, list)
-    return value
+            rollouts = Rollouts(**parts, prompts=tuple(row["prompts"]), responses=tuple(row["responses"]))
+            self._in_flight.setdefault(iteration, []).append((number, Ready(rollouts)))
 
 
 def everyones_rollouts(mine: Rollouts, context: Context) -> Rollouts:
@@ -228,9 +215,7 @@ def everyones_rollouts(mine: Rollouts, context: Context) -> Rollouts:
     prompt, response = context.gather(shape.to(context.device)).amax(dim=0).tolist()
     padded = mine.padded_to(int(prompt), int(response))
     gathered = {
-        name: context.gather(value.to(context.device)).cpu()
-        for name in padded.__slots__
-        if isinstance(value := getattr(padded, name), Tensor)
+        name: context.gather(value.to(context.device)).cpu() for name, value in padded.tensors().items()
     }
     told = [json.loads(text) for text in context.gather_texts(json.dumps([mine.prompts, mine.responses]))]
     prompts = tuple(text for texts, _ in told for text in texts)

@@ -10,6 +10,7 @@ from fmray.rlhf.publishing import publish
 from fmray.rlhf.stopwatch import Stopwatch, sample_rows
 from fmray.runtime.context import Context, Outcome
 from fmray.training.checkpoint import Checkpoints
+from fmray.training.schedule import due
 
 
 def train_ppo(config: RlhfConfig, context: Context) -> Outcome:
@@ -52,8 +53,3 @@ def train_ppo(config: RlhfConfig, context: Context) -> Outcome:
         if stopping:
             return Outcome(steps=done, finished=False)
     return Outcome(steps=last, finished=True)
-
-
-def due(done: int, every: int | None) -> bool:
-    """Whether something that happens every so many iterations happens after this one."""
-    return every is not None and done % every == 0

@@ -24,6 +24,7 @@ from fmray.rlhf.losses import (
     mismatch_sums,
     policy_loss,
     policy_metrics,
+    token_denominator,
     token_mean,
     total_loss,
     value_loss,
@@ -170,7 +171,7 @@ def learn(batch: PpoBatch, learner: PpoLearner, iteration: int, context: Context
     config, ppo = learner.config, learner.config.ppo
     measured: list[tuple[Sums, Sums | None]] = []
     norms = []
-    for epoch in range(ppo.epochs):
+    for epoch in range(learner.rules.loss.epochs):
         for mini_B in mini_batches(len(batch.rollouts), config, iteration, epoch):
             mine = mini_B[context.rank :: context.world_size]
             parts = micro_batches(mine, batch.rollouts, ppo.micro_batch_size or len(mine))
@@ -223,7 +224,7 @@ def loss_of(
         if rules.token_mean == "micro_batch":
             return None
         # every rank knows the whole mini-batch; engines average the ranks' gradients
-        return mask_BT[mini_B].sum(dtype=torch.float64).clamp(min=1) / context.world_size
+        return token_denominator(mask_BT[mini_B], ranks=context.world_size)
 
     mask_BT, tokens = of_rows(policy_mask_BT), denominator(policy_mask_BT)
     importance_BT = None if batch.importance_BT is None else of_rows(batch.importance_BT)

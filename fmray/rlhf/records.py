@@ -78,13 +78,17 @@ class Rollouts:
         }
         return replace(self, **picked)
 
-    def on(self, device: torch.device) -> Self:
-        """The tensors on a device."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device)
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name."""
+        return {
+            field.name: value
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
+
+    def on(self, device: torch.device) -> Self:
+        """The tensors on a device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
         return replace(self, **moved)
 
     def padded_to(self, prompt: int, response: int) -> Self:

@@ -74,9 +74,9 @@ class RolloutPolicy:
         if self._version != request.version:
             self.load(request.version)
         first_of = {prompt: row for row, prompt in reversed(list(enumerate(request.prompts)))}
-        order = list(first_of)
-        prompt_of_B = torch.tensor([order.index(prompt) for prompt in request.prompts])
-        ids_NP, mask_NP = left_padded([request.prompt_ids[first_of[prompt]] for prompt in order])
+        number_of = {prompt: number for number, prompt in enumerate(first_of)}
+        prompt_of_B = torch.tensor([number_of[prompt] for prompt in request.prompts])
+        ids_NP, mask_NP = left_padded([request.prompt_ids[row] for row in first_of.values()])
         sample_ids_B = torch.tensor(request.sample_ids)
         rollout = self._rollout
         pad = self._tokenizer.pad_token_id

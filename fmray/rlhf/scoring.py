@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from fmray.data.verdicts import joined
 from fmray.rlhf.records import Rollouts, Scores
 
 Verdict = float | str
@@ -86,7 +87,7 @@ def texts_to_score(
     responses = [_without(response, special) for response in rollouts.responses]
     if what == "response":
         return responses
-    return [_joined(prompt, response) for prompt, response in zip(rollouts.prompts, responses, strict=True)]
+    return [joined(prompt, response) for prompt, response in zip(rollouts.prompts, responses, strict=True)]
 
 
 def _without(text: str, special: re.Pattern[str] | None) -> str:
@@ -95,9 +96,3 @@ def _without(text: str, special: re.Pattern[str] | None) -> str:
     while (less := special.sub("", text)) != text:  # until none is left: taking one out may make another
         text = less
     return text
-
-
-def _joined(prompt: str, response: str) -> str:
-    """With a space between two words that neither side parts; none before what closes a sentence."""
-    apart = not prompt or not response or prompt[-1].isspace() or response[0].isspace()
-    return prompt + response if apart or response[0] in ".,;:!?)]}%'’" else f"{prompt} {response}"

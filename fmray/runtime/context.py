@@ -150,6 +150,10 @@ def threads_per_worker(runtime: RuntimeConfig) -> int:
     return runtime.threads or max(1, (os.cpu_count() or 1) // max(runtime.worker_counts))
 
 
+MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8
+"""Numbers of malloc.h's M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX."""
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed: a gradient as large as a vocabulary would else be mapped and zeroed anew at every step.
 
@@ -159,10 +163,6 @@ def keep_freed_memory() -> None:
         return
     for option, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (ARENA_MAX, 1)):
         library.mallopt(option, value)
-
-
-MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8
-"""Numbers of malloc.h's M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX."""
 
 
 def prepare_process(runtime: RuntimeConfig) -> None:

@@ -86,7 +86,7 @@ class Pools(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Now(Generic[A]):
+class Ready(Generic[A]):
     """An answer that is already there."""
 
     value: A
@@ -103,7 +103,7 @@ class LocalPool:
     role: Any
 
     def submit(self, method: Callable[[Any, T], A], request: T, *, phase: str) -> Answer[A]:
-        return _Now(method(self.role, request))
+        return Ready(method(self.role, request))
 
     def broadcast(self, method: Callable[[Any, T], A], value: T, *, phase: str) -> list[A]:
         return [method(self.role, value)]

@@ -25,6 +25,7 @@ from fmray.training.checkpoint import Checkpoints
 from fmray.training.engine import make_engine, rates_at
 from fmray.training.grad_cache import GradCache, Outputs, forward_outputs
 from fmray.training.pair_learner import PairLearner
+from fmray.training.schedule import due, noise_seed
 from fmray.training.warm_start import start_at_ridge
 from fmray.types import ImageTextBatch, Metrics
 
@@ -135,19 +136,6 @@ def evaluated(
     )
     exported.to("cpu")
     return measured | {"time/evaluate": time.perf_counter() - started}
-
-
-def noise_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of a step's dropout on a rank: counted, not remembered, so a resume needs no random state.
-
-    A thousand seeds apart leave room for GradCache's chunks, which take the ones that follow.
-    """
-    return (((seed * 1_000_003 + step) * 1_009 + rank) * 1_000) % (1 << 62)
-
-
-def due(step: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
-    return every is not None and step % every == 0
 
 
 @dataclass

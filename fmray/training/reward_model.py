@@ -32,7 +32,7 @@ from fmray.runtime.context import Context, Outcome
 from fmray.training.averaging import WeightAverage, whole_weights
 from fmray.training.checkpoint import Checkpoints, Memory, SaveModel
 from fmray.training.engine import Engine, make_engine, rates_at
-from fmray.training.loop import due, noise_seed
+from fmray.training.schedule import due, noise_seed
 from fmray.types import Metrics
 
 

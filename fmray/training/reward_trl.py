@@ -32,8 +32,8 @@ from fmray.runtime.metrics import drop_reports_after
 from fmray.runtime.run_folder import RunFolder
 from fmray.training.checkpoint import Checkpoints
 from fmray.training.engine import TorchEngine, make_adamw, schedule_at
-from fmray.training.loop import due
 from fmray.training.reward_model import RewardLearner, exported, measure, saver
+from fmray.training.schedule import due
 
 RENAMED = {
     "loss": "train/loss",

@@ -7,21 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fmray.cli import door, evaluate, pretrain
 from fmray.errors import TEMPORARY_FAILURE
 from fmray.models.saved import load_dual_encoder
 from fmray.runtime.run_folder import RunFolder
 from tests.pictures import write_config
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.processes import ROOT, assert_bit_equal, start_job, state, wait_for_step
 
 
 def lines(folder: Path, name: str, prefix: str = "train/") -> list[dict[str, Any]]:
@@ -33,30 +30,6 @@ def lines(folder: Path, name: str, prefix: str = "train/") -> list[dict[str, Any
         for r in reports
         if any(k.startswith(prefix) for k in r)
     ]
-
-
-def state(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
-    checkpoint = folder / "runs" / name / "checkpoints" / f"step-{step:08d}" / "state"
-    files = sorted(checkpoint.glob("*.safetensors"))
-    return {k: v.clone() for path in files for k, v in load_file(path).items()}  # not the mapped file itself
-
-
-def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "jobs" / "pretrain.py"), "--config", str(config), *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-
-
-def wait_for_step(folder: Path, name: str, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
-    while not any(line["step"] >= step for line in lines(folder, name)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.02)
 
 
 def test_it_learns_saves_evaluates_and_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +70,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path: Path) -> None:
     }
     assert door(pretrain, ["--config", str(write_config(tmp_path, "whole", **noisy))]) == 0
     config = write_config(tmp_path, "killed", **noisy)
-    process = start(config)
+    process = start_job("pretrain", config)
     wait_for_step(tmp_path, "killed", 12, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -111,7 +84,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path: Path) -> None:
 def test_sigterm_saves_and_ends_with_75_and_the_run_goes_on_from_there(tmp_path: Path) -> None:
     assert door(pretrain, ["--config", str(write_config(tmp_path, "whole", train__steps=60))]) == 0
     config = write_config(tmp_path, "stopped", train__steps=60)
-    process = start(config)
+    process = start_job("pretrain", config)
     wait_for_step(tmp_path, "stopped", 3, process)
     process.terminate()
     output = process.communicate(timeout=60)[0]

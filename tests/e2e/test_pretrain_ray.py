@@ -24,8 +24,9 @@ from fmray.runtime.launch import launch
 from fmray.runtime.metrics import FileReporter
 from fmray.runtime.run_folder import RunFolder
 from fmray.training.loop import pretrain as pretrain_room
-from tests.e2e.test_pretrain_local import assert_bit_equal, lines, state
+from tests.e2e.test_pretrain_local import lines
 from tests.pictures import shapes_run, write_config
+from tests.processes import assert_bit_equal, state
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.deepspeed]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,10 @@ from fmray.cli import door, reward
 from fmray.errors import TEMPORARY_FAILURE
 from fmray.models.reward_model import load_reward_model
 from fmray.runtime.run_folder import RunFolder
-from tests.e2e.test_pretrain_local import assert_bit_equal, state
 from tests.opinions import write_opinion_config
+from tests.processes import assert_bit_equal, finish, start_job, state, wait_for_step
 from tests.stories import tiny_gpt2, tiny_t5
 
-ROOT = Path(__file__).parent.parent.parent
 CLOCKS = ("time", "time/step", "time/evaluate", "train/samples_per_second", "train/tokens_per_second")
 
 
@@ -105,24 +101,6 @@ def test_the_tiny_recipe(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- killed, stopped, resumed
 
 
-def start(config: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "jobs" / "reward.py"), "--config", str(config)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
-
-
-def wait_for_step(folder: Path, name: str, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not any(line["step"] >= step for line in lines(folder, name)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 def test_killed_and_resumed_is_bit_equal(tmp_path: Path) -> None:
     """Dropout, an average, micro-batches, epochs that end inside windows: everything that could remember something."""
@@ -134,14 +112,14 @@ def test_killed_and_resumed_is_bit_equal(tmp_path: Path) -> None:
         "data__micro_batch_size": 2,
     }
     # processes of their own on both sides: what ran before in this one may choose other kernels, which round otherwise
-    finish(start(write_opinion_config(tmp_path, "whole", "rankings", **noisy)))
+    finish(start_job("reward", write_opinion_config(tmp_path, "whole", "rankings", **noisy)))
     config = write_opinion_config(tmp_path, "killed", "rankings", **noisy)
-    process = start(config)
+    process = start_job("reward", config)
     wait_for_step(tmp_path, "killed", 16, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert len(lines(tmp_path, "killed")) < 120
-    finish(start(config))
+    finish(start_job("reward", config))
     assert lines(tmp_path, "killed") == lines(tmp_path, "whole")
     assert lines(tmp_path, "killed", "eval/") == lines(tmp_path, "whole", "eval/")
     assert_bit_equal(state(tmp_path, "killed", 120), state(tmp_path, "whole", 120))

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,9 @@ from fmray.config.loading import dump_json
 from fmray.config.rlhf import RlhfConfig
 from fmray.errors import TEMPORARY_FAILURE
 from fmray.runtime.run_folder import RunFolder
+from tests.processes import assert_bit_equal, finish, start_job, state, wait_for_step
 from tests.stories import story_run, tiny_gpt2, tiny_t5
 
-ROOT = Path(__file__).parent.parent.parent
 CLOCKS = ("time", "samples_per_second", "tokens_per_second")
 
 
@@ -38,11 +35,6 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
     """Reports without clocks."""
     reports = RunFolder(f"{folder}/runs/{name}").metrics()
     return [{k: v for k, v in r.items() if not any(clock in k for clock in CLOCKS)} for r in reports]
-
-
-def state(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
-    checkpoint = folder / "runs" / name / "checkpoints" / f"step-{step:08d}" / "state"
-    return {k: v.clone() for p in sorted(checkpoint.glob("tensors-*")) for k, v in load_file(p).items()}
 
 
 @pytest.mark.slow
@@ -81,27 +73,6 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def start(config: str, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "jobs" / "rlhf.py"), "--config", config, *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
-
-
-def wait_for_step(folder: Path, name: str, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
-    while not any(line["step"] >= step for line in lines(folder, name)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
 def test_6_21_and_6_13_killed_and_resumed_is_bit_equal(family: str, tmp_path: Path) -> None:
@@ -109,19 +80,17 @@ def test_6_21_and_6_13_killed_and_resumed_is_bit_equal(family: str, tmp_path: Pa
     policy = (tiny_t5 if family == "t5" else tiny_gpt2)(tmp_path / family)
     whole = story_run(tmp_path, policy, **EVERYTHING, **{"run.name": "whole"})
     finish(
-        start(written(whole, tmp_path))
+        start_job("rlhf", written(whole, tmp_path))
     )  # a process of its own too: another's memory may choose other kernels
     killed = written(story_run(tmp_path, policy, **EVERYTHING, **{"run.name": "killed"}), tmp_path)
-    process = start(killed)
+    process = start_job("rlhf", killed)
     wait_for_step(tmp_path, "killed", 12, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert lines(tmp_path, "killed")[-1]["step"] < 40
-    finish(start(killed))
+    finish(start_job("rlhf", killed))
     assert lines(tmp_path, "killed") == lines(tmp_path, "whole")
-    expected, found = state(tmp_path, "whole", 40), state(tmp_path, "killed", 40)
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert_bit_equal(state(tmp_path, "killed", 40), state(tmp_path, "whole", 40))
     coefficients = [line["ppo/kl_coefficient"] for line in lines(tmp_path, "whole") if "ppo/kl" in line]
     assert len(set(coefficients)) > 30  # it did adapt, so it could have been forgotten
 
@@ -131,7 +100,7 @@ def test_sigterm_saves_and_ends_with_75_and_the_run_goes_on(tmp_path: Path) -> N
     policy = tiny_t5(tmp_path / "t5")
     options = {"train.iterations": 20}
     config = written(story_run(tmp_path, policy, **options), tmp_path)
-    process = start(config)
+    process = start_job("rlhf", config)
     wait_for_step(tmp_path, "story", 2, process)
     process.terminate()
     output = process.communicate(timeout=60)[0]

@@ -18,7 +18,8 @@ from fmray.rlhf.loop import train_ppo
 from fmray.rlhf.roles import pool_plan
 from fmray.runtime.context import Outcome
 from fmray.runtime.launch import launch
-from tests.e2e.test_rlhf_local import lines, state
+from tests.e2e.test_rlhf_local import lines
+from tests.processes import assert_bit_equal, state
 from tests.stories import story_run, tiny_gpt2, tiny_t5
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -130,8 +131,7 @@ def test_6_22_dead_rollout_reward_and_learner_change_nothing(ray_session: None, 
         config = on_ray(tmp_path, policy, **LONG, **{"run.name": name})
         assert while_running(config, tmp_path, 7, kill(role)).finished
         assert_equal_runs(tmp_path, "whole", name, 0.0)
-        found = state(tmp_path, name, 60)
-        assert [key for key in expected if not expected[key].equal(found[key])] == []
+        assert_bit_equal(state(tmp_path, name, 60), expected)
 
 
 def test_6_25_a_role_that_hangs_ends_the_run_naming_pool_replica_and_phase(

@@ -21,8 +21,9 @@ from fmray.tuning.on_ray import run_on_tune
 from fmray.tuning.table import write_table
 from fmray.tuning.trials import Trials
 from tests.descent import descents, state_of
-from tests.e2e.test_pretrain_local import assert_bit_equal, lines, state
+from tests.e2e.test_pretrain_local import lines
 from tests.pictures import write_config
+from tests.processes import assert_bit_equal, state
 
 ROOT = Path(__file__).parent.parent.parent
 RATES = "space.optimizer.lr={kind: grid, values: [1e-2, 1e-6]}"
