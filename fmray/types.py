@@ -52,3 +52,47 @@ class ImageTextBatch:
     def rows(self, rows: slice) -> Self:
         """A micro-batch: the same rows of every tensor."""
         return replace(self, **{name: getattr(self, name)[rows] for name in self.__slots__})
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One exchange. Where a picture stands is said by structure, never by a mark inside the text.
+
+    `Turn(question=("", "what color is it?"), answer="red")`: a picture, then the question.
+    """
+
+    question: tuple[str, ...]
+    """The texts before, between and behind the pictures: n + 1 texts hold n pictures."""
+    answer: str
+    """What the model should say; empty where it is yet to be said."""
+
+    @property
+    def pictures(self) -> int:
+        """Pictures in the question."""
+        return len(self.question) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """Pictures and what is said about them; a question about a picture is a dialogue of one turn.
+
+    `Dialogue("17", pictures=("12.png",), turns=(Turn(("", "what color is it?"), "red"),), answers=("red",), kind="color")`
+    """
+
+    name: str
+    """What to call it in an error or a gallery."""
+    pictures: tuple[str, ...]
+    """Keys that the source reads pictures by, in the order of their places in the turns."""
+    turns: tuple[Turn, ...]
+    """At least one."""
+    answers: tuple[str, ...] = ()
+    """What people said to the last turn (VQA v2 has ten answers); empty: only the turn's own answer is known."""
+    kind: str = ""
+    """Type of question, for results by type; empty: one type."""
+    sided: bool = False
+    """It speaks of left and right: its pictures must not be mirrored."""
+
+    @property
+    def question(self) -> str:
+        """The last question as one text, pictures left out."""
+        return " ".join(part.strip() for part in self.turns[-1].question if part.strip())

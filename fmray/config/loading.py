@@ -17,7 +17,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from fmray.config.answers import MODEL_KINDS
 from fmray.config.base import Section
+from fmray.config.dialogues import DIALOGUE_KINDS
 from fmray.config.help import describe
 from fmray.config.prompts import PROMPT_KINDS
 from fmray.config.rewards import KEPT_BY_EVERY_KIND, REWARD_KINDS
@@ -155,6 +157,8 @@ def _number(text: str) -> str | float:
 
 KINDS: tuple[tuple[Sequence[str], Sequence[str]], ...] = (
     (SOURCE_KINDS, ()),
+    (DIALOGUE_KINDS, ()),
+    (MODEL_KINDS, ()),
     (PROMPT_KINDS, ()),
     (REWARD_KINDS, KEPT_BY_EVERY_KIND),
     (SCHEDULER_KINDS, ()),
