@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -96,3 +97,28 @@ class Dialogue:
     def question(self) -> str:
         """The last question as one text, pictures left out."""
         return " ".join(part.strip() for part in self.turns[-1].question if part.strip())
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The distinct pictures of some dialogues, as pixels or as what a locked tower made of them.
+
+    `Pictures(("12.png",), pixels_NCHW=torch.zeros(1, 3, 64, 64, dtype=torch.uint8))`
+    """
+
+    keys: tuple[str, ...]
+    """What dialogues name them by, one per row."""
+    pixels_NCHW: Tensor | None = None
+    """uint8 [N, 3, S, S]; None where features are given, or where there is no picture."""
+    features_NPF: Tensor | None = None
+    """float [N, P, F], the picture tower's tokens."""
+
+    def rows(self, keys: Sequence[str]) -> list[int]:
+        """The rows of some pictures."""
+        place = {key: row for row, key in enumerate(self.keys)}
+        return [place[key] for key in keys]
+
+    def to(self, device: torch.device) -> Self:
+        """The same pictures on a device."""
+        moved = [None if t is None else t.to(device) for t in (self.pixels_NCHW, self.features_NPF)]
+        return replace(self, pixels_NCHW=moved[0], features_NPF=moved[1])

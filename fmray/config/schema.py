@@ -141,7 +141,9 @@ class ModelConfig(Section):
 class PartConfig(Section):
     """How one part of the model learns: `vision`, `text`, `vision_projection`, `text_projection` or `temperature`."""
 
-    train: Literal["all", "none", "cross_attention"] | Annotated[str, Field(pattern=r"^last:[1-9][0-9]*$")] = "all"
+    train: (
+        Literal["all", "none", "cross_attention"] | Annotated[str, Field(pattern=r"^last:[1-9][0-9]*$")]
+    ) = "all"
     """`all`, `none` (locked), `last:N` (the last N blocks of a tower), `cross_attention` (that of a decoder alone)."""
     lr: Annotated[float, Field(ge=0)] | None = None
     """Learning rate of this part; None: `optimizer.lr`."""

@@ -1,0 +1,119 @@
+"""What training, evaluation and serving know of a model that answers about pictures: one protocol, two families.
+
+B dialogues  N distinct pictures  P tokens of a picture  F width of the picture tower  V vocabulary
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from fmray.config.answers import AnswerModelConfig, VqaModelConfig
+from fmray.config.schema import ImageConfig
+from fmray.errors import CheckpointError
+from fmray.models.towers import locate_model
+from fmray.types import Dialogue, Pictures
+
+
+@dataclass
+class AnswerOutput(ModelOutput):  # type: ignore[misc]  # transformers is untyped here
+    """What a forward pass returns."""
+
+    loss: Tensor | None = None
+    """Cross-entropy, the mean over labelled tokens, float32 scalar; None without labels."""
+    logits: Tensor | None = None
+    """[B, T, V]; None where labels are given and only the loss was asked for."""
+    past_key_values: object | None = None
+    """The decoder's cache, when generating."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerBatch:
+    """Dialogues as the arguments of a model's forward pass, labels among them."""
+
+    inputs: dict[str, Tensor]
+    """Keyword arguments of `forward`, which returns an `AnswerOutput` with a loss."""
+    tokens: int
+    """Labelled tokens: what the loss is a mean over."""
+    dialogues: int
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on a device."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return replace(self, inputs=moved)
+
+
+class Answering(Protocol):
+    """A model with what turns dialogues into its tensors and its tokens into words."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def image(self) -> ImageConfig:
+        """How a picture is prepared."""
+        ...
+
+    def picture_features(self, pixels_NCHW: Tensor) -> Tensor:
+        """The picture tower's tokens, float [N, P, F], for `Pictures.features_NPF`; uint8 pixels in."""
+        ...
+
+    def collate(self, dialogues: Sequence[Dialogue], pictures: Pictures) -> AnswerBatch:
+        """A training batch; raises DataError with the dialogue's name: no answer token, a picture that is missing or too many."""
+        ...
+
+    def answer(self, dialogues: Sequence[Dialogue], pictures: Pictures, *, beams: int = 1) -> list[str]:
+        """What the model says to each dialogue's last turn (greedy, or the best of some beams), whose answer is not read."""
+        ...
+
+    def likelihood(self, dialogues: Sequence[Dialogue], pictures: Pictures) -> tuple[Tensor, Tensor]:
+        """Σ log-probability of each dialogue's last answer, end of text included, float32 [B], and its tokens, int64 [B]."""
+        ...
+
+    def empty_copy(self) -> Answering:
+        """The same family and configuration with weights that are still to be loaded, on the CPU, adapters not in it."""
+        ...
+
+    def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """One folder with everything: config.json, model.safetensors, tokenizers, preprocessor_config.json; rank 0 calls it."""
+        ...
+
+
+def build_answering(config: AnswerModelConfig) -> Answering:
+    """The model that a configuration asks for, in fp32 on the CPU. Raises ConfigError with the key."""
+    if isinstance(config, VqaModelConfig):
+        from fmray.models.vqa_answering import build_vqa
+
+        return build_vqa(config)
+    from fmray.models.mllm_answering import build_mllm
+
+    return build_mllm(config)
+
+
+def load_answering(location: str, device: torch.device) -> Answering:
+    """A saved model of either family (a model, checkpoint or run folder), ready to answer; only safetensors are read.
+
+    Raises CheckpointError in one line where there is none or it is another model's.
+    """
+    folder = locate_model(location, "checkpoint")
+    config = Path(folder, "config.json")
+    if not config.is_file():
+        raise CheckpointError(f"{location}: holds no config.json")
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if kind == "fmray_vqa":
+        from fmray.models.vqa_answering import load_vqa
+
+        return load_vqa(folder, device)
+    if kind == "fmray_mllm":
+        from fmray.models.mllm_answering import load_mllm
+
+        return load_mllm(folder, device)
+    raise CheckpointError(f"{location}: holds a {kind} model, which does not answer about pictures")
