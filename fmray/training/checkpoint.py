@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fmray.errors import CheckpointError
 from fmray.manifest import MANIFEST, FileSum, manifest_text, newest_good, step_folders, sum_file
+from fmray.models.freezing import ParameterGroup
 from fmray.runtime.context import Context
 from fmray.runtime.metrics import drop_reports_after
 from fmray.training.averaging import WeightAverage
@@ -54,6 +55,8 @@ class Learner(Protocol):
 
     @property
     def model(self) -> nn.Module: ...
+    @property
+    def groups(self) -> list[ParameterGroup]: ...
     @property
     def engine(self) -> Engine: ...
     @property

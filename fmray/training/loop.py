@@ -21,11 +21,11 @@ from fmray.models.saved import save_dual_encoder
 from fmray.objectives.contrastive import in_batch_accuracy, infonce, row_keys, siglip
 from fmray.runtime.context import Context, Outcome
 from fmray.training.averaging import WeightAverage
-from fmray.training.checkpoint import Checkpoints
-from fmray.training.engine import make_engine, rates_at
+from fmray.training.course import Course
+from fmray.training.engine import make_engine
 from fmray.training.grad_cache import GradCache, Outputs, forward_outputs
 from fmray.training.pair_learner import PairLearner
-from fmray.training.schedule import due, noise_seed
+from fmray.training.schedule import noise_seed
 from fmray.training.warm_start import start_at_ridge
 from fmray.types import ImageTextBatch, Metrics
 
@@ -37,12 +37,19 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
     # -------------------------------------------------------------------------------- 1. who learns, from what
     source = open_source(config.data.source, "train")
     learner, dataset = make_learner(config, source, context)
-    engine = learner.engine
     loader = PairLoader(dataset, context.rank, context.world_size)
 
     # --------------------------------------------------------------------------- 2. where an earlier run left off
-    checkpoints = Checkpoints(context, config.train.keep_checkpoints)
-    first = checkpoints.resume(learner)
+    course = Course(
+        learner,
+        config.optimizer,
+        config.train,
+        context,
+        export=learner.exported,
+        evaluate=lambda _, exported: evaluated(exported, learner, config, context),
+        saver=lambda exported: partial(save_dual_encoder, exported, learner.tokenizer),
+    )
+    first = course.resume()
     watch = Watch(config.data.batch_size, bad_allowed=config.data.max_bad_share * len(source))
 
     # --------------------------------------------------------------------------------------------- 3. the steps
@@ -50,27 +57,10 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
         watch.data_arrived()
         batch = loaded.rows.to(context.device)
         loss, outputs = learn(learner, batch, config, context, step)
-        rates = rates_at(learner.groups, config.optimizer, step, config.train.steps)
-        norm = engine.step(rates)
-        if learner.average is not None:
-            learner.average.update(step)
-
-        done, last = step + 1, step + 1 == config.train.steps
+        updated = course.update(step)
         metrics = watch.metrics(loss, outputs, batch, loaded, context)
-        if last or due(done, config.train.log_every):
-            rate = {"train/gradient_norm": norm, "train/learning_rate": max(rates)}
-            context.report(done, metrics | rate)
-        stopping = context.stop_requested() and not last
-        evaluating = last or (due(done, config.train.evaluate_every) and not stopping)
-        saving = last or stopping or due(done, config.train.checkpoint_every)
-        if evaluating or saving:
-            exported = learner.exported()
-        if evaluating:
-            context.report(done, evaluated(exported, learner, config, context))
-        if saving:
-            checkpoints.save(done, learner, partial(save_dual_encoder, exported, learner.tokenizer))
-        if stopping:
-            return Outcome(steps=done, finished=False)
+        if ended := course.close(step, metrics | updated):
+            return ended
         watch.step_ended()
     return Outcome(steps=config.train.steps, finished=True)
 

@@ -30,9 +30,10 @@ from fmray.models.reward_model import (
 from fmray.objectives.preference import all_pairs, classification, pair_differences, pairwise, plackett_luce
 from fmray.runtime.context import Context, Outcome
 from fmray.training.averaging import WeightAverage, whole_weights
-from fmray.training.checkpoint import Checkpoints, Memory, SaveModel
-from fmray.training.engine import Engine, make_engine, rates_at
-from fmray.training.schedule import due, noise_seed
+from fmray.training.checkpoint import Memory, SaveModel
+from fmray.training.course import Course
+from fmray.training.engine import Engine, make_engine
+from fmray.training.schedule import noise_seed
 from fmray.types import Metrics
 
 
@@ -50,35 +51,27 @@ def train_reward_model(config: RewardModelConfig, context: Context) -> Outcome:
     loader = make_loader(config, scorer, verdicts, context)
 
     # -------------------------------------------------------------------------- 2. where an earlier run left off
-    checkpoints = Checkpoints(context, config.train.keep_checkpoints)
-    first, steps = checkpoints.resume(learner), config.train.steps
+    course = Course(
+        learner,
+        config.optimizer,
+        config.train,
+        context,
+        export=lambda: exported(learner, verdicts, config, context),
+        evaluate=lambda done, finished: measure(done, finished, verdicts, config, context),
+        saver=saver,
+    )
+    first, steps = course.resume(), config.train.steps
 
     # --------------------------------------------------------------------------------------------- 3. the steps
     for step in range(first, steps):
         started = time.perf_counter()
         batches = [batch.to(context.device) for batch in loader.batches(step)]
         learned = learn(learner, batches, config, context, step)
-        rates = rates_at(learner.groups, config.optimizer, step, steps)
-        norm = learner.engine.step(rates)
-        if learner.average is not None:
-            learner.average.update(step)
-
-        done, last = step + 1, step + 1 == steps
+        updated = course.update(step)
         metrics = learned.over_ranks(context, time.perf_counter() - started)
-        if last or due(done, config.train.log_every):
-            rate = {"train/gradient_norm": norm, "train/learning_rate": max(rates)}
-            context.report(done, metrics | rate | {"train/epoch": float(loader.buckets.epoch(step))})
-        stopping = context.stop_requested() and not last
-        evaluating = last or (due(done, config.train.evaluate_every) and not stopping)
-        saving = last or stopping or due(done, config.train.checkpoint_every)
-        if evaluating or saving:
-            finished = exported(learner, verdicts, config, context)
-        if evaluating:
-            measure(done, finished, verdicts, config, context)
-        if saving:
-            checkpoints.save(done, learner, saver(finished))
-        if stopping:
-            return Outcome(steps=done, finished=False)
+        metrics |= updated | {"train/epoch": float(loader.buckets.epoch(step))}
+        if ended := course.close(step, metrics):
+            return ended
     return Outcome(steps=steps, finished=True)
 
 
@@ -255,15 +248,15 @@ def write_scale(scorer: Scorer, verdicts: Verdicts, config: RewardModelConfig, c
 
 def measure(
     step: int, scorer: Scorer, verdicts: Verdicts, config: RewardModelConfig, context: Context
-) -> None:
-    """Report accuracy and calibration on every held-out part, and write them to `evaluation.json`."""
+) -> Metrics:
+    """Accuracy and calibration on every held-out part, written to `evaluation.json` too."""
     started = time.perf_counter()
     metrics, tables = evaluate_verdicts(scorer, verdicts.held_out, config.evaluate, context)
-    context.report(step, metrics | {"time/evaluate": time.perf_counter() - started})
     if context.rank == 0:
         scale = {key: getattr(scorer.model.config, f"fmray_{key}", None) for key in ("gain", "bias")}
         result = {"step": step, "metrics": metrics, "by_confidence": tables, "normalisation": scale}
         context.folder.write_text(json.dumps(result, indent=1) + "\n", "evaluation.json")
+    return metrics | {"time/evaluate": time.perf_counter() - started}
 
 
 def saver(scorer: Scorer) -> SaveModel:

@@ -66,7 +66,7 @@ def train_with_trl(
         return Outcome(steps=done, finished=False)
     learner = _learner(config, scorer, context)
     finished = exported(learner, verdicts, config, context)
-    measure(steps, finished, verdicts, config, context)
+    context.report(steps, measure(steps, finished, verdicts, config, context))
     Checkpoints(context, config.train.keep_checkpoints).save(steps, learner, saver(finished))
     return Outcome(steps=steps, finished=True)
 
@@ -181,7 +181,8 @@ class Reports(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         if not last and self._context.stop_requested():
             control.should_save = control.should_training_stop = True
         elif not last and due(done, self._config.train.evaluate_every):
-            measure(done, self._scorer, self._verdicts, self._config, self._context)
+            found = measure(done, self._scorer, self._verdicts, self._config, self._context)
+            self._context.report(done, found)
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
