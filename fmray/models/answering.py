@@ -78,6 +78,14 @@ class Answering(Protocol):
         """Σ log-probability of each dialogue's last answer, end of text included, float32 [B], and its tokens, int64 [B]."""
         ...
 
+    def hold_locked_parts(self) -> None:
+        """Told once it is settled what learns: parts that do not are kept in evaluation mode, and remembered where that pays."""
+        ...
+
+    def plain_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole weights of this model under the names of one without adapters, which are added in."""
+        ...
+
     def empty_copy(self) -> Answering:
         """The same family and configuration with weights that are still to be loaded, on the CPU, adapters not in it."""
         ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +12,6 @@ from torch import Tensor
 from fmray.config.schema import ObjectiveConfig, PretrainConfig
 from fmray.data.loader import LoadedBatch, PairDataset, PairLoader
 from fmray.data.sources import Source, open_source
-from fmray.errors import DataError
 from fmray.evaluation.embed import evaluate_pairs
 from fmray.models.clip import DualEncoder, build_dual_encoder
 from fmray.models.freezing import parameter_groups
@@ -27,9 +25,8 @@ from fmray.training.grad_cache import GradCache, Outputs, forward_outputs
 from fmray.training.pair_learner import PairLearner
 from fmray.training.schedule import noise_seed
 from fmray.training.warm_start import start_at_ridge
+from fmray.training.unreadable import Unreadable
 from fmray.types import ImageTextBatch, Metrics
-
-log = logging.getLogger(__name__)
 
 
 def pretrain(config: PretrainConfig, context: Context) -> Outcome:
@@ -50,7 +47,7 @@ def pretrain(config: PretrainConfig, context: Context) -> Outcome:
         saver=lambda exported: partial(save_dual_encoder, exported, learner.tokenizer),
     )
     first = course.resume()
-    watch = Watch(config.data.batch_size, bad_allowed=config.data.max_bad_share * len(source))
+    watch = Watch(config.data.batch_size, Unreadable(config.data.max_bad_share * len(source)))
 
     # --------------------------------------------------------------------------------------------- 3. the steps
     for step, loaded in loader.batches(first, config.train.steps):
@@ -133,12 +130,9 @@ class Watch:
     """Clocks and counters of the loop."""
 
     rows_per_step: int
-    bad_allowed: float
+    unreadable: Unreadable
     _mark: float = field(default_factory=time.perf_counter)
     _waited: float = 0.0
-    _bad: int = 0
-    _bad_epoch: int = 0
-    _bad_names: list[str] = field(default_factory=list)
 
     def data_arrived(self) -> None:
         """A batch is there."""
@@ -153,35 +147,16 @@ class Watch:
     ) -> Metrics:
         """This step's numbers, averaged over ranks; raises DataError where too many samples were unreadable."""
         accuracy = in_batch_accuracy(outputs["image_embeds"], outputs["text_embeds"], batch.caption_key_B)
-        mine = torch.stack([loss, accuracy, loss.new_tensor(float(len(loaded.bad)))])
-        mean_loss, mean_accuracy, mean_bad = (context.sum(mine) / context.world_size).tolist()
-        self._count_bad(round(mean_bad * context.world_size), loaded, context)
+        mean_loss, mean_accuracy = (context.sum(torch.stack([loss, accuracy])) / context.world_size).tolist()
+        unreadable = self.unreadable.count(loaded.bad, loaded.epoch, context)
         seconds = time.perf_counter() - self._mark
         return {
             "train/loss": mean_loss,
             "train/batch_accuracy": mean_accuracy,
             "train/logit_scale": float(outputs["logit_scale"]),
             "train/epoch": float(loaded.epoch),
-            "data/unreadable": float(self._bad),
+            "data/unreadable": float(unreadable),
             "time/step": seconds,
             "time/data": self._waited,
             "train/images_per_second": self.rows_per_step / seconds,
         }
-
-    def _count_bad(self, count: int, loaded: LoadedBatch, context: Context) -> None:
-        """Each epoch meets every sample once, so its count is one of distinct samples on any number of ranks."""
-        if loaded.epoch != self._bad_epoch:
-            self._bad, self._bad_epoch, self._bad_names = 0, loaded.epoch, []
-        self._bad += count
-        for reason in loaded.bad:
-            log.warning("sample skipped: %s", reason)
-            self._bad_names.append(reason)
-        if self._bad > self.bad_allowed:
-            names = [
-                name
-                for names in context.gather_texts("\n".join(self._bad_names))
-                for name in names.split("\n")
-                if name
-            ]
-            shown = "; ".join(names[:5]) + ("; …" if len(names) > 5 else "")
-            raise DataError(f"{self._bad} unreadable pictures, more than data.max_bad_share allows: {shown}")
