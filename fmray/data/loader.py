@@ -10,9 +10,10 @@ B samples of this rank's batch  T tokens  C,H,W pixels
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from fmray.errors import DataError
 from fmray.types import ImageTextBatch
 
 MEBIBYTE = 1 << 20
+Read = TypeVar("Read")
 Decoded = tuple[Tensor, tuple[str, ...]]
 """A picture, uint8 [4, S, S], and its captions."""
 
@@ -44,10 +46,60 @@ def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
+_permutation = lru_cache(maxsize=4)(epoch_order)  # a batch may straddle two epochs
+
+
 def position_seed(seed: int, position: int) -> int:
     """A 63-bit seed for everything random at one position."""
     digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def readable_at(
+    position: int, count: int, seed: int, read: Callable[[int], Read]
+) -> tuple[Read, tuple[str, ...]]:
+    """What `read` makes of the item at a position; where that raises DataError, of the next readable one half an epoch further.
+
+    With it why the position's own item could not be read, if so. The substitute depends on the position alone, so the
+    batch is the same on any number of ranks. Raises DataError where not one of the `count` items can be read.
+    """
+    reasons: tuple[str, ...] = ()
+    epoch, place = divmod(position, count)
+    order = _permutation(count, seed, epoch)
+    for attempt in range(count):
+        index = int(order[place if attempt == 0 else (place + count // 2 + attempt) % count])
+        try:
+            return read(index), reasons
+        except DataError as error:
+            if attempt == 0:
+                reasons = (str(error),)
+    raise DataError(f"no picture of the data set can be read; the first: {reasons[0]}")
+
+
+def positions_at(step: int, batch_size: int, rank: int, world_size: int) -> list[int]:
+    """A rank's positions of the stream at a step: `positions_at(1, 6, 1, 2) == [9, 10, 11]`."""
+    mine = batch_size // world_size
+    start = step * batch_size + rank * mine
+    return list(range(start, start + mine))
+
+
+def loaded(dataset: Dataset[Read], batches: Sequence[list[int]], workers: int) -> Iterator[Read]:
+    """`dataset.__getitems__` of each batch of positions in turn, by so many processes ahead of time; 0: in this one."""
+    loader: DataLoader[Read] = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        multiprocessing_context="forkserver"
+        if workers
+        else None,  # fork would copy torch's threads, half alive
+        prefetch_factor=2 if workers else None,
+    )
+    yield from loader
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch  # the dataset has collated it already
 
 
 def caption_key(caption: str) -> int:
@@ -79,13 +131,12 @@ class PairDataset(Dataset[LoadedBatch]):
     """Pad captions to this length; None: to the longest of the batch."""
     _decoded: dict[int, Decoded] = field(default_factory=dict)
     _tokens: dict[str, list[int]] = field(default_factory=dict)
-    _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict)
 
     def __getitems__(self, positions: list[int]) -> LoadedBatch:
         seeds = [position_seed(self.seed, position) for position in positions]
         pictures, captions, bad = [], [], []
         for position, seed in zip(positions, seeds, strict=True):
-            (picture, choices), reasons = self._readable_at(position)
+            (picture, choices), reasons = readable_at(position, len(self.source), self.seed, self._decode)
             pictures.append(picture)
             captions.append(choices[seed % len(choices)])
             bad += reasons
@@ -107,32 +158,6 @@ class PairDataset(Dataset[LoadedBatch]):
         side = self.image.size
         rgba_B4HW = torch.stack(pictures) if pictures else torch.empty(0, 4, side, side, dtype=torch.uint8)
         return compose(rgba_B4HW, white(len(pictures))), captions
-
-    def _readable_at(self, position: int) -> tuple[Decoded, list[str]]:
-        """The sample at a position; where it is unreadable, the next readable one half an epoch further.
-
-        The substitute depends on the position alone, so the batch is the same on any number of ranks.
-        """
-        count = len(self.source)
-        reasons: list[str] = []
-        epoch, place = divmod(position, count)
-        order = self._order(epoch)
-        for attempt in range(count):
-            index = int(order[place if attempt == 0 else (place + count // 2 + attempt) % count])
-            try:
-                return self._decode(index), reasons
-            except DataError as error:
-                if attempt == 0:
-                    reasons.append(str(error))
-        raise DataError(f"no picture of the data set can be read; the first: {reasons[0]}")
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._orders:
-            kept = {
-                e: order for e, order in self._orders.items() if e == epoch - 1
-            }  # a batch may straddle two
-            self._orders = kept | {epoch: epoch_order(len(self.source), self.seed, epoch)}
-        return self._orders[epoch]
 
     def _decode(self, index: int) -> Decoded:
         """Picture uint8 [4, S, S] and captions; from memory after the first time, as far as `cache_decoded` allows."""
@@ -173,27 +198,10 @@ class PairLoader:
 
     def positions(self, step: int) -> list[int]:
         """This rank's positions of the stream at a step."""
-        size = self.dataset.data.batch_size
-        mine = size // self.world_size
-        start = step * size + self.rank * mine
-        return list(range(start, start + mine))
+        return positions_at(step, self.dataset.data.batch_size, self.rank, self.world_size)
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, LoadedBatch]]:
         """Steps start..stop-1 with this rank's rows."""
         steps = range(start, stop)
-        workers = self.dataset.data.decode_workers
-        loader: DataLoader[LoadedBatch] = DataLoader(
-            self.dataset,
-            batch_sampler=[self.positions(step) for step in steps],
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            multiprocessing_context="forkserver"
-            if workers
-            else None,  # fork would copy torch's threads, half alive
-            prefetch_factor=2 if workers else None,
-        )
-        yield from zip(steps, loader, strict=True)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch  # the dataset has collated it already
+        batches = [self.positions(step) for step in steps]
+        yield from zip(steps, loaded(self.dataset, batches, self.dataset.data.decode_workers), strict=True)

@@ -24,7 +24,8 @@ from transformers import (
 from fmray.config.schema import ImageConfig
 from fmray.errors import CheckpointError
 from fmray.manifest import find_model_folder
-from fmray.models.clip import DualEncoder, DualEncoderConfig, image_statistics
+from fmray.models.clip import DualEncoder, DualEncoderConfig
+from fmray.models.preparation import save_picture_preparation
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +51,7 @@ def save_dual_encoder(model: DualEncoder, tokenizer: PreTrainedTokenizerFast, fo
 def save_preparation(model: DualEncoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """What stands beside the weights: tokenizer files and the picture's preparation in CLIP's own format."""
     tokenizer.save_pretrained(folder)
-    image = model.image
-    mean, std = image_statistics(image)
-    side = {"height": image.size, "width": image.size}
-    preparation = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": image.size} if image.fit == "crop" else side,
-        "resample": 3,  # PIL's number for bicubic
-        "do_center_crop": image.fit == "crop",
-        "crop_size": side,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": image.normalize != "none",
-        "image_mean": list(mean),
-        "image_std": list(std),
-    }
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(preparation, indent=2) + "\n", encoding="utf-8"
-    )
+    save_picture_preparation(model.image, folder)
 
 
 def load_dual_encoder(location: str, device: torch.device) -> LoadedDualEncoder:

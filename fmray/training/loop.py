@@ -24,8 +24,8 @@ from fmray.training.engine import make_engine
 from fmray.training.grad_cache import GradCache, Outputs, forward_outputs
 from fmray.training.pair_learner import PairLearner
 from fmray.training.schedule import noise_seed
-from fmray.training.warm_start import start_at_ridge
 from fmray.training.unreadable import Unreadable
+from fmray.training.warm_start import start_at_ridge
 from fmray.types import ImageTextBatch, Metrics
 
 

@@ -25,7 +25,7 @@ class Unreadable:
     _reasons: list[str] = field(default_factory=list)
 
     def count(self, reasons: Sequence[str], epoch: int, context: Context) -> int:
-        """How many this epoch has had so far, with this rank's new ones; a collective. Raises DataError where they are too many."""
+        """How many this epoch has had so far, these among them; a collective. Raises DataError where they are too many."""
         if epoch != self._epoch:
             self._count, self._epoch, self._reasons = 0, epoch, []
         new = context.sum(torch.tensor(float(len(reasons)), device=context.device)).item()
