@@ -134,7 +134,8 @@ class PairDataset(Dataset[LoadedBatch]):
 
     def __getitems__(self, positions: list[int]) -> LoadedBatch:
         seeds = [position_seed(self.seed, position) for position in positions]
-        pictures, captions, bad = [], [], []
+        pictures, captions = [], []
+        bad: list[str] = []
         for position, seed in zip(positions, seeds, strict=True):
             (picture, choices), reasons = readable_at(position, len(self.source), self.seed, self._decode)
             pictures.append(picture)
