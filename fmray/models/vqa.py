@@ -1,0 +1,321 @@
+"""The VQA model: picture tower and question tower, projected and fused, and a decoder whose cross-attention reads them.
+
+B questions  N distinct pictures  Q distinct questions  P tokens of a picture  S tokens of a question  T tokens of an answer
+C,H,W pixels  F width of a tower  D width of the decoder  M tokens of the memory  V vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    GenerationMixin,
+    GPT2LMHeadModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from fmray.config.schema import ImageConfig
+from fmray.models.answering import AnswerOutput
+from fmray.models.preparation import normalized_pixels
+from fmray.models.towers import hold_batch_norm, is_convolutional, new_tower, tower_width
+
+Fusion = Literal["concat", "mean"]
+
+
+class VqaConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is untyped here
+    """What a saved VQA model is made of."""
+
+    model_type = "fmray_vqa"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "decoder_config": AutoConfig}  # noqa: RUF012
+
+    def __init__(
+        self,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        decoder_config: PreTrainedConfig | dict[str, Any] | None = None,
+        fusion: Fusion = "concat",
+        image: dict[str, Any] | None = None,
+        hold_batch_norm: bool = True,
+        max_question_tokens: int = 32,
+        max_answer_tokens: int = 8,
+        **rest: Any,
+    ) -> None:
+        self.vision_config = _sub_config(vision_config, "vit")
+        self.text_config = _sub_config(text_config, "distilbert")
+        self.decoder_config = _sub_config(decoder_config, "gpt2")
+        self.decoder_config.add_cross_attention = True
+        self.decoder_config.is_decoder = True
+        self.fusion = fusion
+        self.image = image or ImageConfig().model_dump(mode="json")
+        self.hold_batch_norm = hold_batch_norm
+        self.max_question_tokens = max_question_tokens
+        self.max_answer_tokens = max_answer_tokens
+        rest |= {"is_encoder_decoder": True, "tie_word_embeddings": self.decoder_config.tie_word_embeddings}
+        super().__init__(**rest)
+
+    @property
+    def start_id(self) -> int:
+        """The token that an answer begins with: the decoder's beginning of text, or its end where it has none."""
+        start = self.decoder_config.bos_token_id
+        return int(self.decoder_config.eos_token_id if start is None else start)
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer."""
+        return int(self.decoder_config.eos_token_id)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The decoder's: what transformers sizes the cache by. It would take the question tower's, by its name."""
+        return self.text_config if encoder and not decoder else self.decoder_config
+
+
+def _sub_config(value: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    keys = dict(value or {"model_type": default})
+    return AutoConfig.for_model(keys.pop("model_type"), **keys)
+
+
+@dataclass
+class Fused(ModelOutput):  # type: ignore[misc]  # transformers is untyped here
+    """What the decoder attends to. The mask is part of it, so that beams multiply both alike."""
+
+    last_hidden_state: Tensor | None = None
+    """[B, M, D]."""
+    attention_mask: Tensor | None = None
+    """int64 [B, M], 1 at what may be attended to."""
+
+
+class VqaModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Answers questions about pictures. Every parameter is read inside `forward` (ZeRO-3's rule)."""
+
+    config_class = VqaConfig
+    base_model_prefix = "vqa"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules: list[str] = []  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: VqaConfig,
+        vision: PreTrainedModel | None = None,
+        text: PreTrainedModel | None = None,
+        decoder: GPT2LMHeadModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.vision = vision if vision is not None else new_tower(config.vision_config)
+        self.text = text if text is not None else new_tower(config.text_config)
+        self._memory_format = torch.contiguous_format
+        if is_convolutional(config.vision_config):
+            self._memory_format = torch.channels_last
+            self.vision.to(memory_format=self._memory_format)
+        width = config.decoder_config.hidden_size
+        self.vision_projection = nn.Linear(tower_width(config.vision_config), width)
+        self.text_projection = nn.Linear(tower_width(config.text_config), width)
+        self.decoder = decoder if decoder is not None else GPT2LMHeadModel(config.decoder_config)
+        self.image = ImageConfig.model_validate(config.image)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Only our own layers: towers and decoder come initialised by their own classes."""
+        if isinstance(module, nn.Linear) and module in (self.vision_projection, self.text_projection):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+
+    def train(self, mode: bool = True) -> VqaModel:
+        """A locked part has no dropout: what a tower says of a picture or a question is always the same, and can be kept."""
+        super().train(mode)
+        for part in (self.vision, self.text, self.decoder):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        if self.config.hold_batch_norm:
+            hold_batch_norm(self)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's table of words."""
+        return self.decoder.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The decoder's output matrix, which GPT-2 shares with its table."""
+        return self.decoder.get_output_embeddings()  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------------------------------------------------ both sides
+
+    def picture_tokens(self, pixels_NCHW: Tensor) -> Tensor:
+        """uint8 pixels [N, 3, H, W] (or float in 0..1) to the tower's tokens [N, P, F]; a feature map's places are tokens."""
+        pixels_NCHW = normalized_pixels(pixels_NCHW, self.image).contiguous(memory_format=self._memory_format)
+        states: Tensor = self.vision(pixel_values=pixels_NCHW).last_hidden_state
+        return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
+
+    def question_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Token ids and mask, int64 [Q, S], to the tower's states [Q, S, F]."""
+        states: Tensor = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return states
+
+    def fuse(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        picture_of_B: Tensor | None = None,
+        question_features: Tensor | None = None,
+        question_of_B: Tensor | None = None,
+    ) -> Fused:
+        """What the decoder reads; arguments as `forward`'s. Each distinct picture passes its tower and projection once."""
+        if image_features is None:
+            if pixel_values is None:
+                raise ValueError("pixel_values or image_features: one of them is needed")
+            image_features = self.picture_tokens(pixel_values)
+        if question_features is None:
+            if input_ids is None:
+                raise ValueError("input_ids or question_features: one of them is needed")
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            question_features = self.question_tokens(input_ids, attention_mask)
+        elif attention_mask is None:
+            attention_mask = question_features.new_ones(question_features.shape[:2], dtype=torch.long)
+        seen_BPD: Tensor = self.vision_projection(image_features)
+        asked_BSD: Tensor = self.text_projection(question_features)
+        if picture_of_B is not None:
+            seen_BPD = seen_BPD[picture_of_B]
+        if question_of_B is not None:
+            asked_BSD, attention_mask = asked_BSD[question_of_B], attention_mask[question_of_B]
+        if self.config.fusion == "mean":
+            weight_BS1 = attention_mask.to(asked_BSD.dtype).unsqueeze(-1)
+            asked_BD = (asked_BSD * weight_BS1).sum(1) / weight_BS1.sum(1).clamp(min=1)
+            memory_B1D = ((seen_BPD.mean(1) + asked_BD) / 2).unsqueeze(1)
+            return Fused(memory_B1D, attention_mask.new_ones(len(memory_B1D), 1))
+        memory_BMD = torch.cat([seen_BPD, asked_BSD], dim=1)
+        always = attention_mask.new_ones(seen_BPD.shape[:2])
+        return Fused(memory_BMD, torch.cat([always, attention_mask], dim=1))
+
+    # --------------------------------------------------------------------------------------------------------- answers
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        picture_of_B: Tensor | None = None,
+        question_features: Tensor | None = None,
+        question_of_B: Tensor | None = None,
+        encoder_outputs: Fused | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        loss_only: bool = False,
+        **kwargs: Any,
+    ) -> AnswerOutput:
+        """Logits of an answer given its question and picture, and with labels their cross-entropy.
+
+        The question is `input_ids` and `attention_mask`, int64 [Q, S], right-padded, or `question_features` [Q, S, F] with
+        the same mask; `question_of_B`, int64 [B], is each row's question (None: row b has question b). The picture is
+        `pixel_values` [N, 3, H, W] or `image_features` [N, P, F], and `picture_of_B` likewise. `decoder_input_ids` [B, T]
+        is `<start> answer <end>`, right-padded; `labels` is the same with -100 at padding: it is shifted here, once.
+        The loss is the mean over labelled tokens, in float32. `loss_only` reads the output matrix at labelled places alone
+        and returns no logits. `encoder_outputs`, cache and `kwargs` (which are not read) are `generate`'s.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.fuse(
+                input_ids,
+                attention_mask,
+                pixel_values,
+                image_features,
+                picture_of_B,
+                question_features,
+                question_of_B,
+            )
+        decoded = self.decoder.transformer(
+            input_ids=decoder_input_ids,
+            # no mask of its own: answers are padded to the right, and the decoder looks to the left
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=encoder_outputs.attention_mask,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache),
+        )
+        states_BTD: Tensor = decoded.last_hidden_state
+        if labels is not None and loss_only:
+            next_BT = labels[:, 1:]
+            labelled = next_BT != -100
+            logits_LV = self.decoder.lm_head(states_BTD[:, :-1][labelled])
+            return AnswerOutput(loss=F.cross_entropy(logits_LV.float(), next_BT[labelled]))
+        logits_BTV: Tensor = self.decoder.lm_head(states_BTD)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return AnswerOutput(loss=loss, logits=logits_BTV, past_key_values=decoded.past_key_values)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        picture_of_B: Tensor | None = None,
+        question_features: Tensor | None = None,
+        question_of_B: Tensor | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Answers, int64 [B, T], without the start token, ended by the end of text and filled up with it.
+
+        `input_ids` and `attention_mask` are the question, as in `forward`; `settings` are transformers' (`max_new_tokens`,
+        `num_beams`, `do_sample`, …); with `return_dict_in_generate` its record, `sequences` as above.
+        """
+        fused = self.fuse(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_features,
+            picture_of_B,
+            question_features,
+            question_of_B,
+        )
+        if not settings.keys() & {"max_new_tokens", "max_length", "generation_config"}:
+            settings["max_new_tokens"] = self.config.max_answer_tokens
+        # padding stands behind the end of text only, where nothing is read: the end of text itself will do
+        start, end = self.config.start_id, self.config.end_id
+        tokens = {"decoder_start_token_id": start, "eos_token_id": end, "pad_token_id": end}
+        made = super().generate(
+            encoder_outputs=fused, attention_mask=fused.attention_mask, **(tokens | settings)
+        )
+        if isinstance(made, Tensor):
+            return made[:, 1:]
+        made.sequences = made.sequences[:, 1:]
+        return made
+
+
+AutoConfig.register(VqaConfig.model_type, VqaConfig)
+AutoModel.register(VqaConfig, VqaModel)
+
+
+def cross_attention_gradient_norms(model: VqaModel) -> dict[str, float]:
+    """Norms of the cross-attention's gradients over all layers: `query`, `key` and `value` projections; 0 where locked.
+
+    Read after `backward` and before the gradients are cleared. With `fusion="mean"` there is one key, whose weight is 1
+    whatever the query: query and key learn nothing (the first two are 0 up to rounding).
+    """
+    squares = {"query": 0.0, "key": 0.0, "value": 0.0}
+    for block in model.decoder.transformer.h:
+        attention = block.crossattention
+        if attention.q_attn.weight.grad is not None:
+            squares["query"] += float(attention.q_attn.weight.grad.float().square().sum())
+        if attention.c_attn.weight.grad is not None:
+            key, value = attention.c_attn.weight.grad.float().chunk(
+                2, dim=1
+            )  # GPT-2 keeps both in one matrix
+            squares["key"] += float(key.square().sum())
+            squares["value"] += float(value.square().sum())
+    return {name: square**0.5 for name, square in squares.items()}

@@ -1,0 +1,406 @@
+"""The VQA model with what turns dialogues into its tensors and its tokens into words: build, collate, answer, save, load.
+
+B dialogues  N distinct pictures  Q distinct questions  P tokens of a picture  S tokens of a question  T tokens of an answer
+F width of a tower
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from fmray.config.answers import LanguageModelConfig, VqaModelConfig
+from fmray.config.schema import ImageConfig, TowerConfig
+from fmray.errors import CheckpointError, ConfigError, DataError
+from fmray.models.answering import AnswerBatch
+from fmray.models.preparation import save_picture_preparation
+from fmray.models.towers import (
+    DROPOUT_KEYS,
+    load_tokenizer,
+    locate,
+    locate_model,
+    pretrained_tower,
+    tower_config,
+)
+from fmray.models.vqa import VqaConfig, VqaModel
+from fmray.types import Dialogue, Pictures
+
+ANSWER_TOKENIZER = "answer_tokenizer"
+"""Folder, in a saved model's, of the decoder's tokenizer; the question's is the saved folder's own."""
+CROSS_ATTENTION = ("crossattention", "ln_cross_attn")
+"""Parts of a GPT-2 block that a pretrained one does not have: they start fresh."""
+
+
+class VqaAnswering:
+    """A VQA model and its two tokenizers, as `Answering` asks."""
+
+    def __init__(
+        self,
+        model: VqaModel,
+        question_tokenizer: PreTrainedTokenizerFast,
+        answer_tokenizer: PreTrainedTokenizerFast,
+    ) -> None:
+        self.model = model
+        self.question_tokenizer = question_tokenizer
+        self.answer_tokenizer = answer_tokenizer
+        self.remember_questions = False
+        """A locked question tower's outputs are kept, one per distinct question, on the CPU in fp32."""
+        self.question_memory_mib = 256.0
+        """What is kept at most; questions beyond it pass the tower each time."""
+        self._question_ids: dict[str, list[int]] = {}
+        self._question_states: dict[str, Tensor] = {}
+        self._kept_bytes = 0
+
+    @property
+    def image(self) -> ImageConfig:
+        """How a picture is prepared."""
+        return self.model.image
+
+    def picture_features(self, pixels_NCHW: Tensor) -> Tensor:
+        """The picture tower's tokens, float32 [N, P, F], on the model's device and without graph; uint8 pixels in."""
+        with torch.no_grad(), resting(self.model):
+            return self.model.picture_tokens(pixels_NCHW.to(self.model.device)).float()
+
+    # --------------------------------------------------------------------------------------------------------- tensors
+
+    def collate(self, dialogues: Sequence[Dialogue], pictures: Pictures) -> AnswerBatch:
+        """A training batch, distinct pictures and questions once each; raises DataError with the dialogue's name."""
+        inputs = self._asked(dialogues, pictures)
+        answers = [self._answer_ids(dialogue) for dialogue in dialogues]
+        inputs["decoder_input_ids"] = _padded(answers, self.model.config.end_id)
+        inputs["labels"] = _padded(answers, -100)
+        return AnswerBatch(inputs, sum(len(ids) - 1 for ids in answers), len(dialogues))
+
+    def _asked(self, dialogues: Sequence[Dialogue], pictures: Pictures) -> dict[str, Tensor]:
+        """Pictures and questions as arguments of `forward` and `generate`."""
+        for dialogue in dialogues:
+            _check(dialogue, pictures)
+        keys = [dialogue.pictures[0] for dialogue in dialogues]
+        distinct = list(dict.fromkeys(keys))
+        rows = torch.tensor(pictures.rows(distinct))
+        place = {key: row for row, key in enumerate(distinct)}
+        inputs = {"picture_of_B": torch.tensor([place[key] for key in keys])}
+        for name, given in (
+            ("pixel_values", pictures.pixels_NCHW),
+            ("image_features", pictures.features_NPF),
+        ):
+            if given is not None:
+                inputs[name] = given[rows.to(given.device)]
+        return inputs | self._questions([dialogue.question for dialogue in dialogues])
+
+    def _questions(self, questions: Sequence[str]) -> dict[str, Tensor]:
+        """Each distinct question's ids, or the states that its locked tower made of it."""
+        distinct = list(dict.fromkeys(questions))
+        place = {question: row for row, question in enumerate(distinct)}
+        ids = [self._ids_of(question) for question in distinct]
+        inputs = {
+            "question_of_B": torch.tensor([place[question] for question in questions]),
+            "attention_mask": _padded([[1] * len(tokens) for tokens in ids], 0),
+        }
+        if self.remember_questions and self._text_is_still:
+            return inputs | {"question_features": self._states_of(distinct)}
+        return inputs | {"input_ids": _padded(ids, self._question_pad)}
+
+    @property
+    def _text_is_still(self) -> bool:
+        """Whether the question tower is locked and whole here: ZeRO-3's shards are gathered by all ranks at once only."""
+        weights = self.model.text.parameters()
+        return not any(weight.requires_grad or hasattr(weight, "ds_tensor") for weight in weights)
+
+    @property
+    def _question_pad(self) -> int:
+        return int(self.question_tokenizer.pad_token_id or 0)
+
+    def _ids_of(self, question: str) -> list[int]:
+        found = self._question_ids.get(question)
+        if found is None:
+            longest = self.model.config.max_question_tokens
+            encoded = self.question_tokenizer(question, truncation=True, max_length=longest)["input_ids"]
+            # a tokenizer that adds nothing makes nothing of an empty question, and a tower needs a token
+            found = self._question_ids[question] = list(encoded) or [self._question_pad]
+        return found
+
+    def _states_of(self, questions: Sequence[str]) -> Tensor:
+        """The tower's states of some questions, float32 [Q, S, F] on the CPU, zeros at padding."""
+        states = {q: self._question_states[q] for q in questions if q in self._question_states}
+        missing = [question for question in questions if question not in states]
+        if missing:
+            ids = [self._ids_of(question) for question in missing]
+            device = self.model.device
+            with torch.no_grad(), resting(self.model):
+                made_QSF = self.model.question_tokens(
+                    _padded(ids, self._question_pad).to(device),
+                    _padded([[1] * len(tokens) for tokens in ids], 0).to(device),
+                )
+            for question, tokens, made_SF in zip(missing, ids, made_QSF.float().cpu(), strict=True):
+                states[question] = made_SF[: len(tokens)].clone()
+                size = states[question].numel() * states[question].element_size()
+                if self._kept_bytes + size <= self.question_memory_mib * 2**20:
+                    self._question_states[question] = states[question]
+                    self._kept_bytes += size
+        return torch.nn.utils.rnn.pad_sequence([states[question] for question in questions], batch_first=True)
+
+    def _answer_ids(self, dialogue: Dialogue) -> list[int]:
+        """`<start> answer <end>`: at most `max_answer_tokens` behind the start, of which the end is the last."""
+        ids = self.answer_tokenizer(dialogue.turns[-1].answer.strip(), add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise DataError(f"dialogue '{dialogue.name}': no answer token to learn from or to score")
+        return [
+            self.model.config.start_id,
+            *ids[: self.model.config.max_answer_tokens - 1],
+            self.model.config.end_id,
+        ]
+
+    # ----------------------------------------------------------------------------------------------------------- words
+
+    def answer(self, dialogues: Sequence[Dialogue], pictures: Pictures, *, beams: int = 1) -> list[str]:
+        """What the model says to each dialogue's question, whose answer is not read; greedy, or the best of some beams."""
+        inputs = self._on_device(self._asked(dialogues, pictures))
+        with resting(self.model):
+            longest = self.model.config.max_answer_tokens
+            made = self.model.generate(**inputs, max_new_tokens=longest, num_beams=beams, do_sample=False)
+        texts, end = [], self.model.config.end_id
+        for ids in made.tolist():
+            said = ids[: ids.index(end)] if end in ids else ids
+            texts.append(self.answer_tokenizer.decode(said, skip_special_tokens=True).strip())
+        return texts
+
+    def likelihood(self, dialogues: Sequence[Dialogue], pictures: Pictures) -> tuple[Tensor, Tensor]:
+        """Σ log-probability of each dialogue's answer, end of text included, float32 [B], and its tokens, int64 [B]."""
+        inputs = self._on_device(self.collate(dialogues, pictures).inputs)
+        next_BT = inputs.pop("labels")[:, 1:]
+        with torch.inference_mode(), resting(self.model):
+            logits_BTV = self.model(**inputs).logits[:, :-1].float()
+        # cross-entropy is −log p; 0 at the labels that it passes over
+        against_BT = F.cross_entropy(logits_BTV.transpose(1, 2), next_BT, reduction="none")
+        return -against_BT.sum(1).cpu(), (next_BT != -100).sum(1).cpu()
+
+    def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.model.device) for name, value in inputs.items()}
+
+    # ------------------------------------------------------------------------------------------------ training and disk
+
+    def hold_locked_parts(self) -> None:
+        """Told once it is settled what learns: locked parts stay in evaluation mode, a locked question tower's outputs are kept."""
+        self.model.train(self.model.training)  # it goes by what learns
+        self.remember_questions = self._text_is_still
+
+    def plain_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as they are: this model takes no adapter."""
+        return dict(weights)
+
+    def empty_copy(self) -> VqaAnswering:
+        """The same configuration with weights that are still to be loaded, on the CPU."""
+        config = VqaConfig.from_dict(self.model.config.to_dict())
+        return VqaAnswering(VqaModel(config), self.question_tokenizer, self.answer_tokenizer)
+
+    def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """config.json, model.safetensors (a shared output matrix once), both tokenizers, preprocessor_config.json.
+
+        `weights` may hold more than is saved (buffers); raises CheckpointError where one is missing.
+        """
+        names = set(self.model.state_dict()) - set(self.model.all_tied_weights_keys)
+        missing = sorted(names - weights.keys())
+        if missing:
+            raise CheckpointError(f"{folder}: the weights to save lack {missing[0]} ({len(missing)} in all)")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.config.architectures = [type(self.model).__name__]
+        self.model.config.save_pretrained(folder)
+        plain = {name: weights[name].detach().cpu().contiguous() for name in sorted(names)}
+        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+        self.question_tokenizer.save_pretrained(folder)
+        self.answer_tokenizer.save_pretrained(folder / ANSWER_TOKENIZER)
+        save_picture_preparation(self.image, folder)
+
+
+@contextmanager
+def resting(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model is in evaluation mode: no dropout."""
+    learning = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(learning)
+
+
+def _check(dialogue: Dialogue, pictures: Pictures) -> None:
+    """One turn, one picture, and that picture there."""
+    name, count = dialogue.name, len(dialogue.pictures)
+    other = "the multimodal LLM (model.kind=mllm) takes more"
+    if len(dialogue.turns) != 1:
+        raise DataError(
+            f"dialogue '{name}': the VQA model answers one question, it has {len(dialogue.turns)} turns: {other}"
+        )
+    if count != 1:
+        cure = f": {other}" if count else ""
+        raise DataError(f"dialogue '{name}': the VQA model needs one picture, it has {count}{cure}")
+    if dialogue.pictures[0] not in pictures.keys:
+        raise DataError(
+            f"dialogue '{name}': its picture {dialogue.pictures[0]} is not among those of the batch"
+        )
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """int64 [len(rows), longest], filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------- building
+
+
+def build_vqa(config: VqaModelConfig) -> VqaAnswering:
+    """The model that a configuration asks for, in fp32 on the CPU; raises ConfigError with the key.
+
+    With `checkpoint` its own picture preparation and lengths hold, as they are saved with it.
+    """
+    if config.checkpoint is not None:
+        folder = Path(locate_model(config.checkpoint, "model.checkpoint"))
+        return _opened(folder, lambda saved: _set_dropout(saved, config.dropout))
+    vision_config = tower_config(config.vision, "model.vision", config.dropout)
+    if hasattr(vision_config, "vision_use_head"):
+        vision_config.vision_use_head = False  # SigLIP's pooling head: its tokens are read, not their pool
+    _check_size(vision_config, config)
+    text_config = tower_config(config.text, "model.text", config.dropout)
+    question_tokenizer = load_tokenizer(config.text, "model.text")
+    _check_vocabulary("model.text.source", config.text.source, question_tokenizer, text_config)
+    _check_length("model.max_question_tokens", config.max_question_tokens, text_config)
+    decoder_config, answer_tokenizer = _speaker(config)
+    whole = VqaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        decoder_config=decoder_config,
+        fusion=config.fusion,
+        image=config.image.model_dump(mode="json"),
+        hold_batch_norm=config.vision.pretrained,
+        max_question_tokens=config.max_question_tokens,
+        max_answer_tokens=config.max_answer_tokens,
+    )
+    model = VqaModel(
+        whole,
+        pretrained_tower(config.vision, vision_config, "model.vision") if config.vision.pretrained else None,
+        pretrained_tower(config.text, text_config, "model.text") if config.text.pretrained else None,
+        _pretrained_decoder(config.decoder, decoder_config) if config.decoder.pretrained else None,
+    )
+    return VqaAnswering(model, question_tokenizer, answer_tokenizer)
+
+
+def _speaker(config: VqaModelConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerFast]:
+    """The decoder's configuration and its tokenizer, made to fit each other."""
+    wanted = config.decoder
+    as_tower = TowerConfig(source=wanted.source, pretrained=wanted.pretrained, overrides=wanted.overrides)
+    decoder_config = tower_config(as_tower, "model.decoder", config.dropout)
+    if decoder_config.model_type != "gpt2":
+        cure = f"is a {decoder_config.model_type} model: the VQA model's decoder is GPT-2, which takes cross-attention"
+        raise ConfigError("model.decoder.source", wanted.source, cure)
+    if wanted.tokenizer is None and wanted.source.startswith("arch:"):
+        cure = f"{wanted.source} has no tokenizer: name one, as asset:gpt2_tokenizer"
+        raise ConfigError("model.decoder.tokenizer", None, cure)
+    tokenizer = load_tokenizer(TowerConfig(source=wanted.tokenizer or wanted.source), "model.decoder")
+    if tokenizer.eos_token_id is None:
+        cure = "has no end-of-text token, so an answer never ends"
+        raise ConfigError("model.decoder.tokenizer", wanted.tokenizer or wanted.source, cure)
+    if not wanted.pretrained and "vocab_size" not in wanted.overrides:
+        decoder_config.vocab_size = len(tokenizer)
+    _check_vocabulary(
+        "model.decoder.tokenizer", wanted.tokenizer or wanted.source, tokenizer, decoder_config, wanted.source
+    )
+    _check_length("model.max_answer_tokens", config.max_answer_tokens, decoder_config)
+    decoder_config.add_cross_attention = True
+    decoder_config.eos_token_id = tokenizer.eos_token_id
+    begins = tokenizer.bos_token_id
+    decoder_config.bos_token_id = tokenizer.eos_token_id if begins is None else begins
+    return decoder_config, tokenizer
+
+
+def _check_vocabulary(
+    key: str, source: str, tokenizer: PreTrainedTokenizerFast, tower: PreTrainedConfig, of: str | None = None
+) -> None:
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= tower.vocab_size:
+        cure = (
+            f"towers of different tokenizers: {source} has a token number {highest}, "
+            f"but {of or f'its {tower.model_type} model'} only {tower.vocab_size} embeddings"
+        )
+        raise ConfigError(key, source, cure)
+
+
+def _check_length(key: str, tokens: int, tower: PreTrainedConfig) -> None:
+    places = getattr(tower, "max_position_embeddings", None)
+    if places is not None and tokens > places:
+        raise ConfigError(key, tokens, f"the {tower.model_type} model reads {places} tokens at most")
+
+
+def _check_size(vision: PreTrainedConfig, config: VqaModelConfig) -> None:
+    """A transformer has a position for each patch; convolutional towers take any size."""
+    size = getattr(vision, "image_size", None)
+    if hasattr(vision, "patch_size") and isinstance(size, int) and size != config.image.size:
+        cure = f"{config.vision.source} takes {size}: set this, or model.vision.overrides.image_size from scratch"
+        raise ConfigError("model.image.size", config.image.size, cure)
+
+
+def _pretrained_decoder(wanted: LanguageModelConfig, config: PreTrainedConfig) -> GPT2LMHeadModel:
+    """GPT-2 with its saved weights and a fresh cross-attention; any other missing weight is an error."""
+    try:
+        model, info = GPT2LMHeadModel.from_pretrained(
+            locate(wanted.source, "model.decoder.source"),
+            config=config,
+            output_loading_info=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        cure = f"cannot be loaded: {str(error).splitlines()[0]}"
+        raise ConfigError("model.decoder.source", wanted.source, cure) from None
+    missing = sorted(name for name in info["missing_keys"] if not set(CROSS_ATTENTION) & set(name.split(".")))
+    if missing:
+        cure = f"does not hold the decoder's weights: {', '.join(missing[:3])}, …"
+        raise ConfigError("model.decoder.source", wanted.source, cure)
+    return model
+
+
+def _set_dropout(config: VqaConfig, dropout: float | None) -> None:
+    if dropout is None:
+        return
+    for part in (config.vision_config, config.text_config, config.decoder_config):
+        for name in DROPOUT_KEYS:
+            if hasattr(part, name):
+                setattr(part, name, dropout)
+
+
+def load_vqa(folder: str | Path, device: torch.device) -> VqaAnswering:
+    """A saved VQA model, ready to answer; only safetensors are read. Raises CheckpointError where it cannot be."""
+    answering = _opened(Path(folder), lambda saved: None)
+    answering.model.to(device).eval()
+    return answering
+
+
+def _opened(folder: Path, change: Callable[[Any], None]) -> VqaAnswering:
+    try:
+        config = VqaConfig.from_pretrained(folder)
+        change(config)
+        model = VqaModel.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
+        tokenizers = [
+            AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+            for where in (folder, folder / ANSWER_TOKENIZER)
+        ]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    return VqaAnswering(model, *tokenizers)
