@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from fmray.config.schema import PartConfig, PartName
+from fmray.config.schema import PartConfig
 from fmray.errors import ConfigError
+
+Part = TypeVar("Part", bound=str)
+
+CROSS_ATTENTION = frozenset({"crossattention", "ln_cross_attn"})
+"""What transformers' decoders (GPT-2, BERT) call the part of a block that reads another sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +29,15 @@ class ParameterGroup:
 
 
 def parameter_groups(
-    model: nn.Module, parts: dict[PartName, PartConfig], lr: float, weight_decay: float
+    model: nn.Module, parts: Mapping[Part, PartConfig], lr: float, weight_decay: float
 ) -> list[ParameterGroup]:
     """Apply the freezing spec, and group what is left by learning rate and decay.
 
-    Biases, norms and scalars (fewer than two dimensions) never decay. Raises ConfigError where nothing learns.
+    A part is what the model's parameter names begin with. Biases, norms and scalars (fewer than two dimensions) never decay.
+    Raises ConfigError where nothing learns, or of a part that the model does not have.
     """
+    for part, config in parts.items():
+        _check_part(model, part, config)
     locked = {part: _locked_parameters(model, part, config) for part, config in parts.items()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in locked.get(_part_of(name), ()))
@@ -42,6 +51,17 @@ def parameter_groups(
     if not groups:
         raise ConfigError("parts", "none", "every part is locked: let at least one learn")
     return groups
+
+
+def _check_part(model: nn.Module, part: str, config: PartConfig) -> None:
+    children = dict(model.named_children())
+    if part in children:
+        return
+    known = [name for name, child in children.items() if any(True for _ in child.parameters())]
+    near = difflib.get_close_matches(part, known, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    cure = f"the model has no such part; there are: {', '.join(known)}{meant}"
+    raise ConfigError(f"parts.{part}", config.train, cure)
 
 
 def _part_of(name: str) -> Any:
@@ -65,7 +85,7 @@ def grouped(model: nn.Module, learns: Callable[[str], tuple[str, float, float]])
     return list(groups.values())
 
 
-def _locked_parameters(model: nn.Module, part: PartName, config: PartConfig) -> set[str]:
+def _locked_parameters(model: nn.Module, part: str, config: PartConfig) -> set[str]:
     """Names of a part's parameters that do not learn."""
     module = model.get_submodule(part)
     names = [f"{part}.{name}" for name, _ in module.named_parameters()]
@@ -73,6 +93,11 @@ def _locked_parameters(model: nn.Module, part: PartName, config: PartConfig) -> 
         return set()
     if config.train == "none":
         return set(names)
+    if config.train == "cross_attention":
+        attending = {name for name in names if CROSS_ATTENTION & set(name.split("."))}
+        if not attending:
+            raise ConfigError(f"parts.{part}.train", config.train, "has no cross-attention; use all or none")
+        return set(names) - attending
     count = int(config.train.removeprefix("last:"))
     lists = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
     if not lists:

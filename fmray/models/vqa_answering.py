@@ -1,4 +1,4 @@
-"""The VQA model with what turns dialogues into its tensors and its tokens into words: build, collate, answer, save, load.
+"""The VQA model with what turns dialogues into its tensors and its tokens into words.
 
 B dialogues  N distinct pictures  Q distinct questions  P tokens of a picture  S tokens of a question  T tokens of an answer
 F width of a tower
@@ -6,44 +6,24 @@ F width of a tower
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    AutoTokenizer,
-    GPT2LMHeadModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fmray.config.answers import LanguageModelConfig, VqaModelConfig
-from fmray.config.schema import ImageConfig, TowerConfig
-from fmray.errors import CheckpointError, ConfigError, DataError
+from fmray.config.answers import VqaModelConfig
+from fmray.config.schema import ImageConfig
+from fmray.errors import CheckpointError, DataError
 from fmray.models.answering import AnswerBatch
 from fmray.models.preparation import save_picture_preparation
-from fmray.models.towers import (
-    DROPOUT_KEYS,
-    load_tokenizer,
-    locate,
-    locate_model,
-    pretrained_tower,
-    tower_config,
-)
 from fmray.models.vqa import VqaConfig, VqaModel
+from fmray.models.vqa_build import ANSWER_TOKENIZER, build_parts, open_parts
 from fmray.types import Dialogue, Pictures
-
-ANSWER_TOKENIZER = "answer_tokenizer"
-"""Folder, in a saved model's, of the decoder's tokenizer; the question's is the saved folder's own."""
-CROSS_ATTENTION = ("crossattention", "ln_cross_attn")
-"""Parts of a GPT-2 block that a pretrained one does not have: they start fresh."""
 
 
 class VqaAnswering:
@@ -196,7 +176,7 @@ class VqaAnswering:
     # ------------------------------------------------------------------------------------------------ training and disk
 
     def hold_locked_parts(self) -> None:
-        """Told once it is settled what learns: locked parts stay in evaluation mode, a locked question tower's outputs are kept."""
+        """Told once it is settled what learns: locked parts stay in evaluation mode, a locked text tower's states are kept."""
         self.model.train(self.model.training)  # it goes by what learns
         self.remember_questions = self._text_is_still
 
@@ -262,145 +242,13 @@ def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
 
-# ---------------------------------------------------------------------------------------------------------------- building
-
-
 def build_vqa(config: VqaModelConfig) -> VqaAnswering:
-    """The model that a configuration asks for, in fp32 on the CPU; raises ConfigError with the key.
-
-    With `checkpoint` its own picture preparation and lengths hold, as they are saved with it.
-    """
-    if config.checkpoint is not None:
-        folder = Path(locate_model(config.checkpoint, "model.checkpoint"))
-        return _opened(folder, lambda saved: _set_dropout(saved, config.dropout))
-    vision_config = tower_config(config.vision, "model.vision", config.dropout)
-    if hasattr(vision_config, "vision_use_head"):
-        vision_config.vision_use_head = False  # SigLIP's pooling head: its tokens are read, not their pool
-    _check_size(vision_config, config)
-    text_config = tower_config(config.text, "model.text", config.dropout)
-    question_tokenizer = load_tokenizer(config.text, "model.text")
-    _check_vocabulary("model.text.source", config.text.source, question_tokenizer, text_config)
-    _check_length("model.max_question_tokens", config.max_question_tokens, text_config)
-    decoder_config, answer_tokenizer = _speaker(config)
-    whole = VqaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        decoder_config=decoder_config,
-        fusion=config.fusion,
-        image=config.image.model_dump(mode="json"),
-        hold_batch_norm=config.vision.pretrained,
-        max_question_tokens=config.max_question_tokens,
-        max_answer_tokens=config.max_answer_tokens,
-    )
-    model = VqaModel(
-        whole,
-        pretrained_tower(config.vision, vision_config, "model.vision") if config.vision.pretrained else None,
-        pretrained_tower(config.text, text_config, "model.text") if config.text.pretrained else None,
-        _pretrained_decoder(config.decoder, decoder_config) if config.decoder.pretrained else None,
-    )
-    return VqaAnswering(model, question_tokenizer, answer_tokenizer)
-
-
-def _speaker(config: VqaModelConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerFast]:
-    """The decoder's configuration and its tokenizer, made to fit each other."""
-    wanted = config.decoder
-    as_tower = TowerConfig(source=wanted.source, pretrained=wanted.pretrained, overrides=wanted.overrides)
-    decoder_config = tower_config(as_tower, "model.decoder", config.dropout)
-    if decoder_config.model_type != "gpt2":
-        cure = f"is a {decoder_config.model_type} model: the VQA model's decoder is GPT-2, which takes cross-attention"
-        raise ConfigError("model.decoder.source", wanted.source, cure)
-    if wanted.tokenizer is None and wanted.source.startswith("arch:"):
-        cure = f"{wanted.source} has no tokenizer: name one, as asset:gpt2_tokenizer"
-        raise ConfigError("model.decoder.tokenizer", None, cure)
-    tokenizer = load_tokenizer(TowerConfig(source=wanted.tokenizer or wanted.source), "model.decoder")
-    if tokenizer.eos_token_id is None:
-        cure = "has no end-of-text token, so an answer never ends"
-        raise ConfigError("model.decoder.tokenizer", wanted.tokenizer or wanted.source, cure)
-    if not wanted.pretrained and "vocab_size" not in wanted.overrides:
-        decoder_config.vocab_size = len(tokenizer)
-    _check_vocabulary(
-        "model.decoder.tokenizer", wanted.tokenizer or wanted.source, tokenizer, decoder_config, wanted.source
-    )
-    _check_length("model.max_answer_tokens", config.max_answer_tokens, decoder_config)
-    decoder_config.add_cross_attention = True
-    decoder_config.eos_token_id = tokenizer.eos_token_id
-    begins = tokenizer.bos_token_id
-    decoder_config.bos_token_id = tokenizer.eos_token_id if begins is None else begins
-    return decoder_config, tokenizer
-
-
-def _check_vocabulary(
-    key: str, source: str, tokenizer: PreTrainedTokenizerFast, tower: PreTrainedConfig, of: str | None = None
-) -> None:
-    highest = max(tokenizer.get_vocab().values(), default=0)
-    if highest >= tower.vocab_size:
-        cure = (
-            f"towers of different tokenizers: {source} has a token number {highest}, "
-            f"but {of or f'its {tower.model_type} model'} only {tower.vocab_size} embeddings"
-        )
-        raise ConfigError(key, source, cure)
-
-
-def _check_length(key: str, tokens: int, tower: PreTrainedConfig) -> None:
-    places = getattr(tower, "max_position_embeddings", None)
-    if places is not None and tokens > places:
-        raise ConfigError(key, tokens, f"the {tower.model_type} model reads {places} tokens at most")
-
-
-def _check_size(vision: PreTrainedConfig, config: VqaModelConfig) -> None:
-    """A transformer has a position for each patch; convolutional towers take any size."""
-    size = getattr(vision, "image_size", None)
-    if hasattr(vision, "patch_size") and isinstance(size, int) and size != config.image.size:
-        cure = f"{config.vision.source} takes {size}: set this, or model.vision.overrides.image_size from scratch"
-        raise ConfigError("model.image.size", config.image.size, cure)
-
-
-def _pretrained_decoder(wanted: LanguageModelConfig, config: PreTrainedConfig) -> GPT2LMHeadModel:
-    """GPT-2 with its saved weights and a fresh cross-attention; any other missing weight is an error."""
-    try:
-        model, info = GPT2LMHeadModel.from_pretrained(
-            locate(wanted.source, "model.decoder.source"),
-            config=config,
-            output_loading_info=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        cure = f"cannot be loaded: {str(error).splitlines()[0]}"
-        raise ConfigError("model.decoder.source", wanted.source, cure) from None
-    missing = sorted(name for name in info["missing_keys"] if not set(CROSS_ATTENTION) & set(name.split(".")))
-    if missing:
-        cure = f"does not hold the decoder's weights: {', '.join(missing[:3])}, …"
-        raise ConfigError("model.decoder.source", wanted.source, cure)
-    return model
-
-
-def _set_dropout(config: VqaConfig, dropout: float | None) -> None:
-    if dropout is None:
-        return
-    for part in (config.vision_config, config.text_config, config.decoder_config):
-        for name in DROPOUT_KEYS:
-            if hasattr(part, name):
-                setattr(part, name, dropout)
+    """The model that a configuration asks for, in fp32 on the CPU; raises ConfigError with the key."""
+    return VqaAnswering(*build_parts(config))
 
 
 def load_vqa(folder: str | Path, device: torch.device) -> VqaAnswering:
     """A saved VQA model, ready to answer; only safetensors are read. Raises CheckpointError where it cannot be."""
-    answering = _opened(Path(folder), lambda saved: None)
+    answering = VqaAnswering(*open_parts(Path(folder)))
     answering.model.to(device).eval()
     return answering
-
-
-def _opened(folder: Path, change: Callable[[Any], None]) -> VqaAnswering:
-    try:
-        config = VqaConfig.from_pretrained(folder)
-        change(config)
-        model = VqaModel.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
-        tokenizers = [
-            AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-            for where in (folder, folder / ANSWER_TOKENIZER)
-        ]
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    return VqaAnswering(model, *tokenizers)
