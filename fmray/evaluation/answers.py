@@ -114,7 +114,7 @@ def evaluate_answers(
                 answering, asked, read, config.choices, SEED, context, batch_size=rows
             )
     details: dict[str, Any] = {"questions": len(answered), "unreadable": len(unreadable)}
-    if all(each.dialogue.kind == CAPTION for each in answered):
+    if config.choices is not None or all(each.dialogue.kind == CAPTION for each in answered):
         metrics, more = caption_results(answered)
     else:
         metrics, more = question_results(answered, train_source)
@@ -194,7 +194,7 @@ def check_readable(unreadable: dict[str, str], count: int, max_bad_share: float)
     """Names what is left out; raises DataError where it is too much."""
     for name, reason in unreadable.items():
         log.warning("left out of the evaluation: %s: %s", name, reason)
-    if len(unreadable) > max_bad_share * count:
+    if len(unreadable) > max_bad_share * count or len(unreadable) == count:
         share = f"more than data.max_bad_share={max_bad_share}"
         first = next(iter(unreadable.values()))
         raise DataError(
