@@ -61,7 +61,7 @@ class HubVqaSource(Section):
 
 
 class LlavaSource(Section):
-    """Instructions as LLaVA writes them: `[{id, image, conversations: [{from: human|gpt, value}]}]`, `<image>` marks the picture."""
+    """Instructions in LLaVA's json: `[{id, image, conversations: [{from: human|gpt, value}]}]`, `<image>` marks the picture."""
 
     kind: Literal["llava"] = "llava"
     train_file: str
@@ -87,7 +87,7 @@ class LabelSource(Section):
 
     kind: Literal["labels"] = "labels"
     pairs: SourceConfig
-    """Labelled pictures: a source of image-text pairs whose first caption is the label."""
+    """Labelled pictures: a source of pairs whose first caption is the label (of kind `folder` with `template={}`)."""
     what: tuple[str, ...] = ("what is in the picture?", "what is this?")
     """Questions that the label answers."""
     whether: tuple[str, ...] = ("is this {}?", "does the picture show {}?")
