@@ -36,9 +36,13 @@ log = logging.getLogger(__name__)
 CAPTION = "caption"
 """Type of the dialogues of a caption source."""
 YES_NO = "yes_no"
-"""How the names of types of questions begin that are answered by yes or no."""
+"""In the name of every type of question that is answered by yes or no."""
 EXAMPLES = 12
 """Answers that are shown as they come, right and wrong."""
+CONFUSED = 24
+"""A split with more different answers has no confusion matrix."""
+OTHER = "(another)"
+"""Column of what is no answer of the split."""
 SEED = 0
 """Of the blocks of captions: the same for all evaluations, so that they compare."""
 
@@ -226,13 +230,14 @@ def question_results(
     ]
     if len(kinds) > 1:
         metrics |= {f"exact_match/{metric_name(row['kind'])}": row["exact_match"] for row in kinds}
-    open_ended = [each for each in answered if not metric_name(each.dialogue.kind).startswith(YES_NO)]
+    open_ended = [each for each in answered if YES_NO not in metric_name(each.dialogue.kind)]
     if 0 < len(open_ended) < len(answered):
         metrics["exact_match/not_yes_no"] = matches(open_ended)
     described = {name: measures(rows) for name, rows in blind.items()}
     unseen = sum(not baselines.seen(question) for question in questions) / len(questions)
     return metrics, {
         "kinds": kinds,
+        "confusion": confusion(answered),
         "baselines": described,
         "majority_answer": baselines.majority,
         "unseen_questions": unseen,
@@ -277,6 +282,22 @@ def by_kind(answered: Sequence[Answered]) -> dict[str, list[int]]:
     for place, each in enumerate(answered):
         places.setdefault(each.dialogue.kind, []).append(place)
     return dict(sorted(places.items()))
+
+
+def confusion(answered: Sequence[Answered]) -> dict[str, Any] | None:
+    """Which answer was said for which: `{"names": [...], "counts": [[...]]}`, the true one in rows, anything else last.
+
+    None where there are more than `CONFUSED` answers, or several to a question.
+    """
+    true = [each.references[0].strip().casefold() for each in answered]
+    names = sorted(set(true))
+    if len(names) > CONFUSED or any(len(each.references) > 1 for each in answered):
+        return None
+    place = {name: row for row, name in enumerate(names)}
+    counts = [[0] * (len(names) + 1) for _ in range(len(names) + 1)]
+    for each, answer in zip(answered, true, strict=True):
+        counts[place[answer]][place.get(each.said.strip().casefold(), len(names))] += 1
+    return {"names": [*names, OTHER], "counts": counts}
 
 
 def metric_name(kind: str) -> str:

@@ -143,6 +143,17 @@ def test_the_gallery_holds_what_nobody_said() -> None:
     assert measure(SAID, of(*TEST), gallery=0)[1]["gallery"] == []
 
 
+def test_a_small_set_of_answers_has_a_confusion() -> None:
+    _, details, _ = measure(SAID | {"b": " RED"}, of(*TEST[:3]))
+    assert details["confusion"] == {
+        "names": ["blue", "red", "yes", "(another)"],
+        "counts": [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]],
+    }
+    assert measure(SAID, of(*TEST))[1]["confusion"] is None  # ten people do not have one answer
+    many = [asked(str(i), "0.png", "how many?", str(i)) for i in range(25)]
+    assert measure({str(i): "1" for i in range(25)}, of(*many))[1]["confusion"] is None
+
+
 def test_a_picture_is_read_once_and_its_questions_go_together() -> None:
     test = of(*TEST)
     _, _, model = measure(SAID, test, batch_size=2)
@@ -170,7 +181,7 @@ def test_an_unreadable_picture_is_left_out_and_named(caplog: pytest.LogCaptureFi
     wanted = r"^2 of 5 test questions have no readable picture, more than data\.max_bad_share=0\.1; 0\.png: is not a PNG.*$"
     with pytest.raises(DataError, match=wanted):
         measure(SAID, of(*TEST, damaged="0.png"), max_bad_share=0.1)
-    with pytest.raises(DataError, match="^1 of 1 test questions have no readable picture"):
+    with pytest.raises(DataError, match=r"^1 of 1 test questions have no readable picture"):
         measure(SAID, of(TEST[0], damaged="0.png"), max_bad_share=1.0)
 
 
