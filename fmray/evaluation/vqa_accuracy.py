@@ -81,8 +81,9 @@ def vqa_accuracy(said: str, answers: Sequence[str], mode: Mode = "official") -> 
     holds out by `item != gtAnsDatum`, which is the same only while items carry an `answer_id`: without one it would drop
     every equal answer with it.)
 
-    `official`: where all people gave the very same answer, nothing is processed, the case of letters included; else
-    both sides go through `normalise_answer`. `normalise_always`: both sides always do, as in lmms-eval.
+    `official`, as the script stands now (its first revisions processed what was said in any case): where all people
+    gave the very same answer, nothing is processed, the case of letters included; else both sides go through
+    `normalise_answer`. `normalise_always`: both sides always do, as in lmms-eval.
 
     With fewer than four people three others cannot agree: the divisor is then the number of others (the official rule
     has no such case), and for a single person it is an exact match of the processed answers.
