@@ -233,7 +233,7 @@ def question_results(
     open_ended = [each for each in answered if YES_NO not in metric_name(each.dialogue.kind)]
     if 0 < len(open_ended) < len(answered):
         metrics["exact_match/not_yes_no"] = matches(open_ended)
-    described = {name: measures(rows) for name, rows in blind.items()}
+    described = {name: agreement(rows) for name, rows in blind.items()}
     unseen = sum(not baselines.seen(question) for question in questions) / len(questions)
     return metrics, {
         "kinds": kinds,
@@ -252,18 +252,25 @@ def caption_results(answered: Sequence[Answered]) -> tuple[Metrics, dict[str, An
 
 
 def measures(answered: Sequence[Answered]) -> Metrics:
-    """Means over questions; VQA accuracy over those that several people answered, where there are any."""
-    means = {
-        "exact_match": matches(answered),
-        "anls": mean(answered, anls),
-        "relaxed": mean(answered, relaxed),
-    }
-    several = [each for each in answered if len(each.references) > 1]
-    if several:
-        means["vqa_accuracy"] = mean(several, vqa_accuracy)
+    """Means over questions of everything that is measured."""
+    means = agreement(answered) | {"anls": mean(answered, anls), "relaxed": mean(answered, relaxed)}
+    if several := by_several(answered):
         always = partial(vqa_accuracy, mode="normalise_always")
         means["vqa_accuracy_normalise_always"] = mean(several, always)
     return means
+
+
+def agreement(answered: Sequence[Answered]) -> Metrics:
+    """Exact match, and VQA accuracy over the questions that several people answered, where there are any."""
+    several = by_several(answered)
+    return {"exact_match": matches(answered)} | (
+        {"vqa_accuracy": mean(several, vqa_accuracy)} if several else {}
+    )
+
+
+def by_several(answered: Sequence[Answered]) -> list[Answered]:
+    """Those that several people answered."""
+    return [each for each in answered if len(each.references) > 1]
 
 
 def mean(answered: Sequence[Answered], measure: Callable[[str, Sequence[str]], float]) -> float:

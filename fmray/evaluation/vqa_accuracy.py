@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 from fmray.errors import DataError
@@ -27,6 +28,8 @@ COMMA_IN_NUMBER: dict[Mode, re.Pattern[str]] = {
     "official": re.compile(r"\d,\d"),
     "normalise_always": re.compile(r"\d,+\d"),
 }
+REMEMBERED = 1 << 16
+"""Texts processed and pairs compared that are kept: answers repeat by the thousand."""
 ARTICLES = frozenset(("a", "an", "the"))
 COUNTING = "zero one two three four five six seven eight nine ten"
 NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(COUNTING.split())}
@@ -49,6 +52,7 @@ CONTRACTIONS = {"somebody'd": "somebodyd"} | {
 """Words that lack one apostrophe → with it. `somebody'd` goes the wrong way, as it does in the official table."""
 
 
+@lru_cache(maxsize=REMEMBERED)
 def normalise_answer(text: str, mode: Mode = "official") -> str:
     """An answer as the official VQA evaluation compares it: `"A dog."` → `"dog"`, `"Two, dont!"` → `"2 don't"`.
 
@@ -116,6 +120,7 @@ def anls(said: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     return best if best >= threshold else 0.0
 
 
+@lru_cache(maxsize=REMEMBERED)
 def similarity(one: str, other: str) -> float:
     """1 - edits / length of the longer text; 1 for two empty ones."""
     longest = max(len(one), len(other))
