@@ -212,7 +212,7 @@ def test_captions_have_bleu_and_no_baselines() -> None:
     assert metrics["eval/exact_match"] == 0.5
     assert 0 < metrics["eval/bleu4"] < 100
     assert "kinds" not in details
-    assert "version:2.6.0" in details["bleu_signature"]
+    assert "version:" in details["bleu_signature"]
 
 
 # ------------------------------------------------------------------------------------------------- with a real model

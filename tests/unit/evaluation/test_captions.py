@@ -182,7 +182,7 @@ def test_bleu_is_the_geometric_mean_of_four_precisions() -> None:
     # 5 of 6 words, 3 of 5 pairs, 2 of 4 triples, 1 of 3 fours
     assert score == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25, abs=1e-6)
     assert "case:lc" in signature
-    assert "version:2.6.0" in signature
+    assert "version:" in signature
 
 
 def test_bleu_takes_any_number_of_references_and_folds_case() -> None:
