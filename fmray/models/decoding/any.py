@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from fmray.models.decoding.attention import aligned
+from fmray.errors import ConfigError
+from fmray.models.decoding.attention import aligned, aligned_words
 from fmray.models.decoding.weights import Precision
 
 
@@ -39,14 +40,23 @@ class _ModuleDecoder:
 class AnyCausalDecoder(_ModuleDecoder):
     """A decoder-only model."""
 
-    def start(self, ids_NP: Tensor, mask_NP: Tensor, prompt_of_B: Tensor, max_new_tokens: int) -> Tensor:
+    def start(
+        self,
+        ids_NP: Tensor,
+        mask_NP: Tensor,
+        prompt_of_B: Tensor,
+        max_new_tokens: int,
+        words_NPD: Tensor | None = None,
+    ) -> Tensor:
+        if words_NPD is not None:
+            words_NPD = aligned_words(words_NPD, mask_NP)
         ids_NP, mask_NP = aligned(ids_NP, mask_NP, "left")
         lengths_N = mask_NP.sum(dim=1)
         place_P = torch.arange(ids_NP.shape[1], device=self.device)
         positions_NP = (place_P - (len(place_P) - lengths_N)[:, None]).clamp_min(0)
         self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
         self._mask_BL, self._positions_B = mask_NP.long(), lengths_N
-        logits_NV = self._forward(ids_NP, positions_NP, past_key_values=None)
+        logits_NV = self._forward(ids_NP, positions_NP, words_NPD, past_key_values=None)
         self.keep(prompt_of_B)
         return logits_NV[prompt_of_B]
 
@@ -60,20 +70,50 @@ class AnyCausalDecoder(_ModuleDecoder):
         self._cache.batch_select_indices(rows_K)
         self._mask_BL, self._positions_B = self._mask_BL[rows_K], self._positions_B[rows_K]
 
-    def _forward(self, ids_BP: Tensor, positions_BP: Tensor, **more: Any) -> Tensor:
+    def _forward(
+        self, ids_BP: Tensor, positions_BP: Tensor, words_BPD: Tensor | None = None, **more: Any
+    ) -> Tensor:
+        read: dict[str, Tensor] = {"input_ids": ids_BP} if words_BPD is None else {"inputs_embeds": words_BPD}
         if self._takes_positions:
             more["position_ids"] = positions_BP
         with self._precision():
-            out = self._model(ids_BP, attention_mask=self._mask_BL, use_cache=True, **more)
+            out = self._model(**read, attention_mask=self._mask_BL, use_cache=True, **more)
         self._cache = out.past_key_values
         logits_BV: Tensor = out.logits[:, -1]
         return logits_BV.float()
 
 
+class CrossAttentionDecoder(AnyCausalDecoder):
+    """A multimodal LLM whose words look at pictures through gated layers: the pictures stay with their rows."""
+
+    memory: Any = None
+    """What the next prompts look at (`gated_attention.Memory`), a row each and a column per token; set it before `start`."""
+
+    def keep(self, rows_K: Tensor) -> None:
+        super().keep(rows_K)
+        self.memory = None if self.memory is None else self.memory.rows(rows_K)
+
+    def _forward(
+        self, ids_BP: Tensor, positions_BP: Tensor, words_BPD: Tensor | None = None, **more: Any
+    ) -> Tensor:
+        if self.memory is not None:
+            more |= {"memory_tokens": self.memory.tokens_RMD, "memory_visible": self.memory.visible_RLM}
+        return super()._forward(ids_BP, positions_BP, words_BPD, logits_to_keep=1, **more)
+
+
 class AnySeq2SeqDecoder(_ModuleDecoder):
     """An encoder-decoder model."""
 
-    def start(self, ids_NP: Tensor, mask_NP: Tensor, prompt_of_B: Tensor, max_new_tokens: int) -> Tensor:
+    def start(
+        self,
+        ids_NP: Tensor,
+        mask_NP: Tensor,
+        prompt_of_B: Tensor,
+        max_new_tokens: int,
+        words_NPD: Tensor | None = None,
+    ) -> Tensor:
+        if words_NPD is not None:
+            raise ConfigError("words_NPD", tuple(words_NPD.shape), "an encoder-decoder reads tokens alone")
         ids_NS, mask_NS = aligned(ids_NP, mask_NP, "right")
         with self._precision():
             encoded = self._model.get_encoder()(input_ids=ids_NS, attention_mask=mask_NS.long())

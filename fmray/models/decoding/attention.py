@@ -38,6 +38,13 @@ def aligned(ids_NP: Tensor, mask_NP: Tensor, side: Literal["left", "right"]) -> 
     return torch.where(mask_NP, ids_NP.gather(1, order_NP), 0), mask_NP
 
 
+def aligned_words(words_NPD: Tensor, mask_NP: Tensor) -> Tensor:
+    """Prompts that are given as embeddings, in the places that `aligned` gives their tokens on the left."""
+    places_NP = torch.arange(mask_NP.shape[1], device=mask_NP.device).expand_as(mask_NP)
+    order_NP, _ = aligned(places_NP, mask_NP, "left")
+    return words_NPD.gather(1, order_NP.unsqueeze(-1).expand(-1, -1, words_NPD.shape[-1]))
+
+
 def hiding(mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
     """Scores to add so that only columns under the mask are seen, [B, 1, 1, L].
 

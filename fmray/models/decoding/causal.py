@@ -16,6 +16,7 @@ from fmray.errors import DataError
 from fmray.models.decoding.attention import (
     KeyValues,
     aligned,
+    aligned_words,
     attend_all,
     attend_one,
     cache_dtype,
@@ -58,8 +59,11 @@ class CausalDecoder(ABC):
         """Copy the module's weights, fused and packed."""
 
     @abstractmethod
-    def embed(self, ids_BP: Tensor, positions_BP: Tensor) -> Tensor:
-        """Input of the first layer, float32 [B, P, D]; also prepares `rotate` for these positions."""
+    def embed(self, ids_BP: Tensor, positions_BP: Tensor, words_BPD: Tensor | None = None) -> Tensor:
+        """Input of the first layer, float32 [B, P, D], with words_BPD in place of the tokens' embeddings where they are given.
+
+        A tensor of its own, which `trunk` may overwrite. Also prepares `rotate` for these positions.
+        """
 
     def rotate(self, qk_BPXW: Tensor) -> Tensor:
         """Queries and keys as the attention compares them (RoPE), in place or not."""
@@ -77,7 +81,16 @@ class CausalDecoder(ABC):
     def positions(self) -> int | None:
         """How many positions the architecture has; None where there is no end."""
 
-    def start(self, ids_NP: Tensor, mask_NP: Tensor, prompt_of_B: Tensor, max_new_tokens: int) -> Tensor:
+    def start(
+        self,
+        ids_NP: Tensor,
+        mask_NP: Tensor,
+        prompt_of_B: Tensor,
+        max_new_tokens: int,
+        words_NPD: Tensor | None = None,
+    ) -> Tensor:
+        if words_NPD is not None:
+            words_NPD = aligned_words(words_NPD, mask_NP)
         ids_NP, mask_NP = aligned(ids_NP, mask_NP, "left")
         (prompts, columns), samples = ids_NP.shape, len(prompt_of_B)
         if (limit := self.positions()) is not None and columns + max_new_tokens > limit:
@@ -87,7 +100,7 @@ class CausalDecoder(ABC):
             )
         lengths_N = mask_NP.sum(dim=1)
         positions_NP = torch.arange(columns, device=self.device) - (columns - lengths_N)[:, None]
-        x_NPD = self.embed(ids_NP, positions_NP.clamp_min(0))
+        x_NPD = self.embed(ids_NP, positions_NP.clamp_min(0), words_NPD)
         padded = bool((lengths_N < columns).any())
         causal_PP = torch.ones(columns, columns, dtype=torch.bool, device=self.device).tril()
         dtype = cache_dtype(self.precision, self.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fmray.errors import ConfigError, DataError
-from fmray.models.decoding.any import AnyCausalDecoder, AnySeq2SeqDecoder
+from fmray.models.decoding.any import AnyCausalDecoder, AnySeq2SeqDecoder, CrossAttentionDecoder
 from fmray.models.decoding.gpt2 import Gpt2Decoder
 from fmray.models.decoding.llama import LlamaDecoder
 from fmray.models.decoding.sampling import most_likely_tokens, sample_tokens, uniforms
@@ -38,10 +38,18 @@ class Decoder(Protocol):
         """Read the module's weights again, active LoRA adapters added."""
         ...
 
-    def start(self, ids_NP: Tensor, mask_NP: Tensor, prompt_of_B: Tensor, max_new_tokens: int) -> Tensor:
+    def start(
+        self,
+        ids_NP: Tensor,
+        mask_NP: Tensor,
+        prompt_of_B: Tensor,
+        max_new_tokens: int,
+        words_NPD: Tensor | None = None,
+    ) -> Tensor:
         """Read each prompt once and begin row b as an answer to prompt `prompt_of_B[b]`; logits of the first token.
 
-        Takes padding on either side; room is made for max_new_tokens. float32 [B, V].
+        Takes padding on either side; room is made for max_new_tokens. words_NPD: embeddings to read in place of the ids'
+        (pictures among words; decoder-only models). float32 [B, V].
         """
         ...
 
@@ -58,13 +66,17 @@ def make_decoder(model: Any, precision: Precision = "fp32") -> Decoder:
     """The hand-written step of the model's architecture where there is one, else its own forward and cache.
 
     model: a transformers model with a language head, or one in a peft wrapper; T5, GPT-2, Llama and Qwen2 have steps
-    of their own. precision: "bf16" multiplies in bfloat16 and keeps sums, norms and softmax in float32. The decoder copies
-    the weights: call its `refresh` after every change. Raises ConfigError for another precision and for adapters
-    that cannot be added to the weights.
+    of their own, and a multimodal LLM its language model's. precision: "bf16" multiplies in bfloat16 and keeps sums, norms and
+    softmax in float32. The decoder copies the weights: call its `refresh` after every change. Raises ConfigError for
+    another precision and for adapters that cannot be added to the weights.
     """
     if precision not in DTYPES:
         raise ConfigError("precision", precision, f"must be one of {', '.join(DTYPES)}")
     model = base_model(model)
+    if model.config.model_type == "fmray_mllm":
+        if model.cross_attention is not None:
+            return CrossAttentionDecoder(model, precision)
+        model = base_model(model.language)  # what it says; its pictures come among the prompt's words
     kind = model.config.model_type
     if kind == "t5":
         return T5Decoder(model, precision)
@@ -131,13 +143,14 @@ def generate(
     sample_ids_B: Tensor,
     prompt_of_B: Tensor,
     sampling: Sampling,
+    words_NPD: Tensor | None = None,
 ) -> Generated:
     """Answer prompt `prompt_of_B[b]` for each b, with the noise of sample `sample_ids_B[b]`.
 
     prompt_ids_NP, prompt_mask_NP: int64 [N, P], padded on either side, the mask alone says what is real. sample_ids_B,
-    prompt_of_B: int64 [B]. A sample's tokens depend on the weights, its prompt, the seed and its id; not on the other
-    rows, their order or the padding (up to a product's rounding). Raises DataError where a prompt is empty, indices
-    do not fit, or the logits are not finite.
+    prompt_of_B: int64 [B]. words_NPD: float [N, P, D], the prompts' embeddings where they are more than words. A sample's
+    tokens depend on the weights, its prompt, the seed and its id; not on the other rows, their order or the padding (up to a
+    product's rounding). Raises DataError where a prompt is empty, indices do not fit, or the logits are not finite.
     """
     _check(prompt_ids_NP, sample_ids_B, prompt_of_B)
     with torch.inference_mode():
@@ -146,6 +159,7 @@ def generate(
             prompt_mask_NP.to(decoder.device),
             prompt_of_B.to(decoder.device),
             sampling.max_new_tokens,
+            None if words_NPD is None else words_NPD.to(decoder.device),
         )
         ids_BT, logp_BT, length_B = _answer(decoder, logits_BV, sample_ids_B.to(decoder.device), sampling)
     return _collected(ids_BT, logp_BT, length_B, sample_ids_B, sampling)

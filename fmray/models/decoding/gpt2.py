@@ -53,8 +53,9 @@ class Gpt2Decoder(CausalDecoder):
     def positions(self) -> int | None:
         return len(self._places)
 
-    def embed(self, ids_BP: Tensor, positions_BP: Tensor) -> Tensor:
-        return F.embedding(ids_BP, self._words) + F.embedding(positions_BP, self._places)
+    def embed(self, ids_BP: Tensor, positions_BP: Tensor, words_BPD: Tensor | None = None) -> Tensor:
+        words_BPD = F.embedding(ids_BP, self._words) if words_BPD is None else words_BPD.float()
+        return words_BPD + F.embedding(positions_BP, self._places)
 
     def trunk(self, x_MD: Tensor, attention: Attention) -> Tensor:
         for index, layer in enumerate(self._blocks):

@@ -48,8 +48,8 @@ class LlamaDecoder(CausalDecoder):
     def positions(self) -> int | None:
         return None
 
-    def embed(self, ids_BP: Tensor, positions_BP: Tensor) -> Tensor:
-        x_BPD = F.embedding(ids_BP, self._words)
+    def embed(self, ids_BP: Tensor, positions_BP: Tensor, words_BPD: Tensor | None = None) -> Tensor:
+        x_BPD = F.embedding(ids_BP, self._words) if words_BPD is None else words_BPD.float().clone()
         cos_BPW, sin_BPW = self._model.model.rotary_emb(x_BPD, positions_BP)
         half = self.width // 2
         signed_BPW = torch.cat([-sin_BPW[..., :half], sin_BPW[..., half:]], dim=-1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmray.errors import ConfigError
 from fmray.models.decoding.attention import (
     KeyValues,
     aligned,
@@ -110,7 +111,16 @@ class T5Decoder:
             gain_K = gain_K * model.model_dim**-0.5
         self._head = Matrix([model.lm_head], precision, gain_K=gain_K)
 
-    def start(self, ids_NP: Tensor, mask_NP: Tensor, prompt_of_B: Tensor, max_new_tokens: int) -> Tensor:
+    def start(
+        self,
+        ids_NP: Tensor,
+        mask_NP: Tensor,
+        prompt_of_B: Tensor,
+        max_new_tokens: int,
+        words_NPD: Tensor | None = None,
+    ) -> Tensor:
+        if words_NPD is not None:
+            raise ConfigError("words_NPD", tuple(words_NPD.shape), "an encoder-decoder reads tokens alone")
         ids_NS, mask_NS = aligned(ids_NP, mask_NP, "right")
         self._read(ids_NS, mask_NS, prompt_of_B)
         samples, blocks = len(prompt_of_B), len(self._decoder)
