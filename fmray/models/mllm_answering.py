@@ -73,7 +73,7 @@ class MllmAnswering:
             spans = self.renderer.fitted(dialogue, limit)
             if not any(span.learns for span in spans):
                 raise DataError(f"dialogue '{dialogue.name}': has no answer to learn from")
-            lines.append(_line(dialogue, spans, pictures))
+            lines.append(as_line(dialogue, spans, pictures))
         packed = pack(lines, self.model.config.row_tokens)
         tokens = int(((packed.labels_RL != -100) & (packed.before_RL >= 0)).sum())
         return AnswerBatch(self._inputs(packed, pictures), tokens, len(dialogues))
@@ -114,7 +114,7 @@ class MllmAnswering:
         lines = []
         for dialogue in dialogues:
             spans = self.renderer.fitted(dialogue, config.max_tokens, answer=False)
-            lines.append(_line(dialogue, spans, pictures))
+            lines.append(as_line(dialogue, spans, pictures))
         ids_BP, mask_BP = _left_padded(lines)
         ids_BP, mask_BP = ids_BP.to(self.model.device), mask_BP.to(self.model.device)
         search = self._greedy if beams == 1 else self._beam_search
@@ -198,7 +198,7 @@ class MllmAnswering:
         lines = []
         for dialogue in dialogues:
             spans = self.renderer.fitted(dialogue, config.max_tokens)
-            lines.append(_line(dialogue, _last_answer(dialogue, spans), pictures))
+            lines.append(as_line(dialogue, _last_answer(dialogue, spans), pictures))
         packed = pack(lines, config.row_tokens or max(LIKELIHOOD_ROW, config.max_tokens))
         batch = AnswerBatch(self._inputs(packed, pictures), 0, len(dialogues)).to(self.model.device)
         inputs: dict[str, Any] = dict(batch.inputs)
@@ -256,7 +256,8 @@ class MllmAnswering:
         save_picture_preparation(self.image, folder)
 
 
-def _line(dialogue: Dialogue, spans: Sequence[Span], pictures: Pictures) -> Line:
+def as_line(dialogue: Dialogue, spans: Sequence[Span], pictures: Pictures) -> Line:
+    """A dialogue's spans as tokens, its pictures as rows of the batch's; raises DataError where one is not there."""
     ids: list[int] = []
     learns: list[bool] = []
     starts, keys = [], []
