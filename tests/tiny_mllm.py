@@ -104,7 +104,7 @@ def tiny_mllm(
         vision_config: Any = ViTConfig(image_size=16, patch_size=4, **shape, **noise)
         size = 16
     else:
-        vision_config, size = MobileNetV2Config(depth_multiplier=0.1, finegrained_output=False), 64
+        vision_config, size = MobileNetV2Config(depth_multiplier=0.1, finegrained_output=True), 64
     tower, speaker = new_tower(vision_config), tiny_language(language)
     keys: dict[str, Any] = {
         "vision_layer": -1,
@@ -129,7 +129,7 @@ def tiny_mllm(
             for name, parameter in model.named_parameters():
                 if name.endswith("_gate"):
                     parameter.fill_(0.7)
-                elif parameter.dim() > 1 and not name.startswith("vision"):
+                elif parameter.dim() > 1 and name.startswith(("language", "projector")):
                     parameter.mul_(5)
     return MllmAnswering(model, mllm_tokenizer())
 

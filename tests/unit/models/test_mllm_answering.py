@@ -1,0 +1,386 @@
+"""The multimodal LLM as a whole: what it answers, how likely an answer is, what it is built from, what is saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, GenerationConfig, ViTConfig, ViTModel
+
+from fmray.config.answers import LanguageModelConfig, MllmModelConfig, ProjectorConfig
+from fmray.config.rlhf import LoraConfig
+from fmray.config.schema import ImageConfig, TowerConfig
+from fmray.errors import CheckpointError, ConfigError, DataError
+from fmray.models.answering import build_answering, load_answering
+from fmray.models.language import save_language_model
+from fmray.models.mllm import Mllm, MllmConfig
+from fmray.models.mllm_answering import MllmAnswering
+from fmray.models.saved import save_dual_encoder
+from fmray.types import Dialogue, Pictures, Turn
+from tests.tiny import tiny_model
+from tests.tiny_mllm import about, mllm_tokenizer, pictures, some_dialogues, tiny_language, tiny_mllm
+
+MODELS = pytest.mark.parametrize("language", ["llama", "gpt2"])
+FUSIONS = pytest.mark.parametrize("fusion", ["concat", "cross_attention"])
+PAIR = Dialogue("pair", ("0.png", "1.png"), (Turn(("", " beside ", "which?"), ""),))
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def slowly(answering: MllmAnswering, dialogue: Dialogue, given: Pictures) -> str:
+    """Greedy by whole forward passes, without any cache: the prompt of a training rendering grows by its likeliest token."""
+    model, said = answering.model, []
+    spans = answering.renderer.spans(dialogue, answer=False)
+    for _ in range(model.config.max_answer_tokens):
+        prompt = [token for span in spans for token in span.ids]
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([[*prompt, *said]])}
+        keys = [span.picture for span in spans if span.picture is not None]
+        if keys:
+            rows = given.rows(keys)
+            inputs["pixel_values"] = given.pixels_NCHW[rows]  # type: ignore[index]
+            if model.config.fusion == "cross_attention":
+                starts, place = [], 0
+                for span in spans:
+                    starts += [place] if span.picture is not None else []
+                    place += len(span.ids)
+                columns = torch.arange(inputs["input_ids"].shape[1])
+                order = torch.arange(len(keys))[None]
+                inputs |= {"memory_pictures": order, "memory_group": order * 0, "memory_place": order}
+                inputs["seen"] = sum((columns >= start).long() for start in starts)[None]
+        token = int(model(**inputs).logits[0, -1].argmax())
+        if token == answering.renderer.end_id:
+            break
+        said.append(token)
+    return answering.renderer.text(said)
+
+
+@MODELS
+@FUSIONS
+def test_answers_are_those_of_whole_passes_alone_and_together(language: str, fusion: str) -> None:
+    answering, given = tiny_mllm(language=language, fusion=fusion, seed=3), pictures(2)
+    dialogues = [*some_dialogues(), PAIR]
+    answering.model.train()  # no dropout in these, but the mode must come back
+    together = answering.answer(dialogues, given)
+    assert answering.model.training
+    answering.model.eval()
+    assert together == [answering.answer([dialogue], given)[0] for dialogue in dialogues]
+    assert together == [slowly(answering, dialogue, given) for dialogue in dialogues]
+    assert len(set(together)) > 1
+    assert answering.answer(dialogues[::-1], given) == together[::-1]
+
+
+@MODELS
+@FUSIONS
+def test_the_answer_is_not_read(language: str, fusion: str) -> None:
+    answering, given = tiny_mllm(language=language, fusion=fusion), pictures(2)
+    blank = [about(0, 1, answer=""), about(1, 2, answer="")]
+    told = [about(0, 1), about(1, 2, answer="<|im_end|> anything")]
+    assert answering.answer(blank, given) == answering.answer(told, given)
+
+
+def test_beams_are_transformers_own() -> None:
+    answering, given = tiny_mllm(seed=5), pictures(2)
+    dialogues = some_dialogues()
+    prompts = [answering.renderer.spans(d, answer=False) for d in dialogues]
+    theirs = []
+    for dialogue, spans in zip(dialogues, prompts, strict=True):
+        ids = torch.tensor([[token for span in spans for token in span.ids]])
+        rows = given.rows([span.picture for span in spans if span.picture is not None])
+        blocks = answering.model.projected(given.pixels_NCHW[rows]) if rows else None  # type: ignore[index]
+        words = answering.model.prompt_words(ids, blocks)
+        settings = GenerationConfig(
+            max_new_tokens=8, num_beams=3, do_sample=False, eos_token_id=2, pad_token_id=2
+        )
+        made = answering.model.language.generate(inputs_embeds=words.detach(), generation_config=settings)
+        said = made[0].tolist()
+        theirs.append(answering.renderer.text(said[: said.index(2)] if 2 in said else said))
+        assert dialogue
+    assert answering.answer(dialogues, given, beams=3) == theirs
+
+
+@MODELS
+@FUSIONS
+def test_beams_find_likelier_answers(language: str, fusion: str) -> None:
+    answering, given = tiny_mllm(language=language, fusion=fusion, max_answer_tokens=3), pictures(2)
+    dialogues = some_dialogues()
+    alone = [answering.answer([dialogue], given, beams=4)[0] for dialogue in dialogues]
+    assert answering.answer(dialogues, given, beams=4) == alone
+    assert len(answering.answer(dialogues, given, beams=4)) == len(dialogues)
+
+
+def test_the_decoder_follows_the_weights() -> None:
+    """It holds copies: a step of the optimizer, and a write past autograd's count of writes, are both seen."""
+    answering, given = tiny_mllm(seed=3), pictures(1)
+    dialogue = about(0, 0)
+    for write in (lambda p: p.data.neg_(), lambda p: p.copy_(p * -1)):
+        answering.answer([dialogue], given)
+        with torch.no_grad():
+            write(answering.model.language.model.layers[0].mlp.down_proj.weight)
+        assert answering.answer([dialogue], given)[0] == slowly(answering, dialogue, given)
+
+
+@MODELS
+@FUSIONS
+def test_likelihood_is_the_sum_over_the_last_answer_and_its_end(language: str, fusion: str) -> None:
+    answering, given = tiny_mllm(language=language, fusion=fusion), pictures(2)
+    dialogues = some_dialogues()
+    logp, tokens = answering.likelihood(dialogues, given)
+    for number, dialogue in enumerate(dialogues):
+        inputs = answering.collate([dialogue], given).inputs
+        labels = inputs.pop("labels")[0]
+        with torch.no_grad():
+            scores = answering.model(**inputs).logits[0].log_softmax(-1)
+        answer = len(answering.tokenizer.encode(dialogue.turns[-1].answer, add_special_tokens=False)) + 1
+        places = (labels != -100).nonzero()[-answer:, 0].tolist()
+        wanted = sum(scores[place - 1, labels[place]] for place in places)
+        torch.testing.assert_close(logp[number], wanted, atol=1e-4, rtol=1e-5)
+        assert tokens[number] == answer
+
+
+def test_many_candidates_share_a_picture() -> None:
+    answering, given = tiny_mllm(), pictures(1)
+    candidates = [Dialogue(str(n), ("0.png",), (Turn(("", "what?"), f"a {n} circle"),)) for n in range(120)]
+    logp, _ = answering.likelihood(candidates, given)
+    [alone] = answering.likelihood(candidates[77:78], given)[0]
+    torch.testing.assert_close(logp[77], alone, atol=1e-4, rtol=0)
+    with pytest.raises(
+        DataError, match=r"^dialogue 'None/0': has no last answer within model.max_tokens to score$"
+    ):
+        answering.likelihood([about(None, 0, answer="")], given)
+
+
+def test_what_cannot_be_learned_from() -> None:
+    answering, given = tiny_mllm(max_tokens=40), pictures(1)
+    for dialogue, said in (
+        (about(0, 0, answer=""), "has no answer to learn from"),
+        (about(7, 0), "its picture '7.png' was not given"),
+        (Dialogue("0/0", (), about(0, 0).turns), "has 0 pictures for 1 places in its questions"),
+    ):
+        with pytest.raises(DataError) as caught:
+            tiny_mllm().collate([dialogue], given)
+        assert str(caught.value) == f"dialogue '{dialogue.name}': {said}"
+    with pytest.raises(
+        DataError, match=r"^dialogue '0/0': its first turn takes \d+ tokens, the limit is 40; raise"
+    ):
+        answering.collate([about(0, 0)], given)
+
+
+# ----------------------------------------------------------------------------------------------------------------- on disk
+
+
+@FUSIONS
+@pytest.mark.parametrize("language", ["llama", "gpt2"])
+@pytest.mark.parametrize("vision", ["vit", "mobilenet_v2"])
+def test_a_saved_model_is_the_model(fusion: str, language: str, vision: str, tmp_path: Path) -> None:
+    answering = tiny_mllm(fusion=fusion, language=language, vision=vision)
+    given = pictures(2, size=answering.image.size)
+    answering.save(answering.model.state_dict(), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert not any(name.endswith("lm_head.weight") for name in stored)  # tied: once
+    loaded = load_answering(str(tmp_path), CPU)
+    assert isinstance(loaded, MllmAnswering)
+    mine, theirs = answering.model.state_dict(), loaded.model.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    dialogues = some_dialogues()
+    assert loaded.answer(dialogues, given) == answering.answer(dialogues, given)
+    batch = answering.collate(dialogues, given).inputs
+    assert torch.equal(loaded.model(**batch).loss, answering.model(**batch).loss)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), MllmConfig)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), Mllm)
+    assert loaded.tokenizer.chat_template == answering.tokenizer.chat_template
+    kept = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
+    assert kept["crop_size"]["height"] == answering.image.size
+
+
+def test_saving_wants_all_weights_and_loading_a_whole_folder(tmp_path: Path) -> None:
+    answering = tiny_mllm()
+    weights = answering.model.state_dict()
+    del weights["projector.0.bias"]
+    with pytest.raises(CheckpointError, match=r"the weights to save lack projector.0.bias \(1 in all\)$"):
+        answering.save(weights, tmp_path / "a")
+    answering.save(answering.model.state_dict(), tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_answering(str(tmp_path / "b"), CPU)
+
+
+@MODELS
+def test_an_empty_copy_takes_the_weights(language: str) -> None:
+    answering, given = tiny_mllm(language=language), pictures(2)
+    twin = answering.empty_copy()
+    twin.model.load_state_dict(dict(answering.model.named_parameters()), strict=False)
+    twin.model.eval()
+    assert twin.model.language.lm_head.weight is twin.model.get_input_embeddings().weight
+    batch = answering.collate(some_dialogues(), given).inputs
+    assert torch.equal(twin.model(**batch).loss, answering.model(**batch).loss)
+    assert not any(p.is_meta for p in twin.model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------- building
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A language model of each family, a ViT and a dual encoder on the disk."""
+    root = tmp_path_factory.mktemp("sources")
+    torch.manual_seed(7)
+    for family in ("llama", "gpt2"):
+        speaker = tiny_language(family)
+        save_language_model(speaker, dict(speaker.named_parameters()), mllm_tokenizer(), root / family)
+    vit = ViTModel(
+        ViTConfig(
+            image_size=16,
+            patch_size=4,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+        ),
+        add_pooling_layer=False,
+    )
+    save_language_model(vit, dict(vit.named_parameters()), mllm_tokenizer(), root / "vit")
+    save_dual_encoder(tiny_model(), mllm_tokenizer(), root / "dual")
+    return {name: str(root / name) for name in ("llama", "gpt2", "vit", "dual")}
+
+
+def wanted(sources: dict[str, str], **changes: Any) -> MllmModelConfig:
+    keys: dict[str, Any] = {
+        "vision": TowerConfig(source=sources["vit"]),
+        "language": LanguageModelConfig(source=sources["llama"]),
+        "image": ImageConfig(size=16, normalize="half"),
+        "max_tokens": 200,
+        "max_answer_tokens": 8,
+        **changes,
+    }
+    return MllmModelConfig(**keys)
+
+
+def test_parts_come_with_their_weights(sources: dict[str, str]) -> None:
+    answering = build_answering(wanted(sources))
+    assert isinstance(answering, MllmAnswering)
+    theirs = load_file(Path(sources["llama"], "model.safetensors"))
+    mine = answering.model.language.state_dict()
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    assert answering.model.config.picture_tokens == 16
+    assert {name for name, _ in answering.model.named_children()} == {"vision", "projector", "language"}
+    assert answering.answer([about(0, 0)], pictures(1))
+
+
+def test_a_dual_encoders_tower_with_its_preparation(sources: dict[str, str]) -> None:
+    config = wanted(sources, vision=TowerConfig(source=sources["dual"]), image=ImageConfig())
+    answering = build_answering(config)
+    assert isinstance(answering, MllmAnswering)
+    dual = tiny_model().vision.state_dict()
+    assert all(torch.equal(value, dual[name]) for name, value in answering.model.vision.state_dict().items())
+    assert answering.image == ImageConfig(size=16, normalize="half")
+    assert answering.model.config.grid == [2, 2]
+
+
+def test_from_scratch(sources: dict[str, str]) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = wanted(
+        sources,
+        language=LanguageModelConfig(
+            source="arch:llama",
+            tokenizer=sources["llama"],
+            pretrained=False,
+            overrides={**shape, "vocab_size": 320, "num_key_value_heads": 2},
+        ),
+    )
+    answering = build_answering(config)
+    assert answering.model.config.image_token_id == 320
+    assert answering.collate([about(0, 0)], pictures(1)).tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"language": LanguageModelConfig(source="arch:gpt2", pretrained=False)},
+            "model.language.tokenizer=None: an architecture has no tokenizer: say where one is",
+        ),
+        (
+            {"max_tokens": 600},
+            "model.max_tokens=600: with max_answer_tokens=8 it is more than the language model's 512 positions",
+        ),
+        (
+            {"row_tokens": 100},
+            "model.row_tokens=100: must hold the longest dialogue: at least model.max_tokens=200",
+        ),
+        (
+            {"projector": ProjectorConfig(kind="pixel_shuffle", shuffle=3)},
+            "model.projector.shuffle=3: must divide the picture tower's grid of 4 x 4 tokens",
+        ),
+        ({"vision_layer": -9}, "model.vision_layer=-9: the tower has 3 hidden layers"),
+        (
+            {"vision_layer": 1},
+            "model.vision_layer=1: is counted from the end (-1, -2, …), and a convolutional tower has its last map alone",
+        ),
+        (
+            {"max_tokens": 16},
+            "model.max_tokens=16: a picture alone takes 16 tokens; raise it or shorten pictures (pixel_shuffle)",
+        ),
+    ],
+)
+def test_configurations_that_cannot_be(sources: dict[str, str], changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_answering(wanted(sources, **changes))
+    assert str(caught.value) == said
+
+
+def test_other_models_are_no_language_models(sources: dict[str, str]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model.language.source=.*is a vit model; take a decoder-only language"
+    ):
+        build_answering(wanted(sources, language=LanguageModelConfig(source=sources["vit"])))
+    with pytest.raises(ConfigError, match=r"^model.image.size=32: the picture tower does not take it: "):
+        build_answering(wanted(sources, image=ImageConfig(size=32)))
+
+
+def test_stage_two_begins_where_stage_one_ended(sources: dict[str, str], tmp_path: Path) -> None:
+    first = build_answering(wanted(sources, template="plain", max_answer_tokens=4))
+    assert isinstance(first, MllmAnswering)
+    with torch.no_grad():
+        first.model.projector[0].weight.add_(1)
+    first.save(first.model.state_dict(), tmp_path)
+    second = build_answering(
+        MllmModelConfig(checkpoint=str(tmp_path), max_tokens=100, max_answer_tokens=8, row_tokens=128)
+    )
+    assert isinstance(second, MllmAnswering)
+    mine = first.model.state_dict()
+    assert all(torch.equal(mine[name], value) for name, value in second.model.state_dict().items())
+    config = second.model.config
+    assert (config.template, config.max_tokens, config.row_tokens) == ("chat", 100, 128)
+    assert second.renderer.template == "chat"
+
+
+@MODELS
+def test_an_adapter_learns_and_is_merged(language: str, sources: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    config = wanted(sources, language=LanguageModelConfig(source=sources[language]), lora=LoraConfig(rank=2))
+    answering, given = build_answering(config), pictures(2)
+    assert isinstance(answering, MllmAnswering)
+    learning = {name for name, p in answering.model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in learning} == {"vision", "projector", "language"}
+    assert all(".lora_" in name for name in learning if name.startswith("language"))
+    with torch.no_grad():
+        for name, parameter in answering.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.5)
+    answering.model.eval()
+    batch = answering.collate(some_dialogues(), given).inputs
+    adapted = answering.model(**batch).loss
+    assert not torch.allclose(adapted, build_answering(config).model.eval()(**batch).loss)
+    twin = answering.empty_copy()
+    weights = dict(answering.model.state_dict())
+    twin.model.load_state_dict(answering.plain_weights(weights))
+    torch.testing.assert_close(twin.model.eval()(**batch).loss, adapted, atol=1e-5, rtol=0)
+    answering.save(weights, tmp_path)
+    loaded = load_answering(str(tmp_path), CPU)
+    torch.testing.assert_close(loaded.model(**batch).loss, adapted, atol=1e-5, rtol=0)
+    assert loaded.answer(some_dialogues(), given) == answering.answer(some_dialogues(), given)
