@@ -10,9 +10,11 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
+from fmray.config.answer_recipes import ANSWER_RECIPES
+from fmray.config.answers import AnswersConfig
 from fmray.config.demo import DemoConfig
 from fmray.config.demo_recipes import DEMO_RECIPES
-from fmray.config.loading import HelpRequested, load_config
+from fmray.config.loading import HelpRequested, Task, load_config, load_task
 from fmray.config.recipes import EVALUATE_RECIPES, PRETRAIN_RECIPES, SERVE_RECIPES
 from fmray.config.reward import RewardModelConfig
 from fmray.config.reward_recipes import REWARD_MODEL_RECIPES
@@ -27,8 +29,11 @@ Arguments = Sequence[str]
 
 
 def pretrain(arguments: Arguments) -> int:
-    """Train a dual encoder (CLIP, SigLIP) on image-text pairs."""
-    config = load_config(PretrainConfig, PRETRAIN_RECIPES, arguments, door="fmray pretrain")
+    """Train on pictures and words: a dual encoder (CLIP, SigLIP), a VQA model, a multimodal LLM."""
+    tasks: dict[str, Task] = {"pairs": (PretrainConfig, PRETRAIN_RECIPES), "answers": (AnswersConfig, ANSWER_RECIPES)}
+    config = load_task(tasks, arguments, door="fmray pretrain")
+    if isinstance(config, AnswersConfig):
+        return answers(config)
     from fmray.runtime.launch import launch
     from fmray.training.loop import pretrain as work
     from fmray.training.preflight import check_pretrain
@@ -36,6 +41,19 @@ def pretrain(arguments: Arguments) -> int:
     check_pretrain(config)
     outcome = launch(work, config, steps=config.train.steps)
     say(f"{outcome.steps} steps; checkpoints and metrics in {config.run.storage}/{config.run.name}")
+    return 0 if outcome.finished else TEMPORARY_FAILURE
+
+
+def answers(config: AnswersConfig) -> int:
+    """`fmray pretrain` for a model that answers about pictures."""
+    from fmray.runtime.launch import launch
+    from fmray.training.answers import train_answers as work
+    from fmray.training.preflight import check_answers
+
+    check_answers(config)
+    outcome = launch(work, config, steps=config.train.steps)
+    place = f"{config.run.storage}/{config.run.name}"
+    say(f"{outcome.steps} steps; checkpoints, metrics and evaluation.json in {place}")
     return 0 if outcome.finished else TEMPORARY_FAILURE
 
 

@@ -26,6 +26,7 @@ from fmray.training.engine import rates_at
 from fmray.training.grad_cache import GradCache, Outputs, forward_outputs
 from fmray.training.loop import Watch, contrastive_loss, learn, make_learner
 from fmray.training.pair_learner import PairLearner
+from fmray.training.unreadable import Unreadable
 from fmray.types import ImageTextBatch
 
 CPU = torch.device("cpu")
@@ -83,7 +84,7 @@ class OurSide:
         rows = self.config.data.batch_size
         steps = epochs * (len(self.dataset.source) // rows)
         started = time.perf_counter()
-        watch = Watch(rows, bad_allowed=0.0)
+        watch = Watch(rows, Unreadable(0.0))
         tokens = 0
         for step, loaded in PairLoader(self.dataset, 0, 1).batches(0, steps):
             watch.data_arrived()

@@ -59,7 +59,7 @@ class VqaModelConfig(Section):
     decoder: LanguageModelConfig = LanguageModelConfig(source="gpt2")
     """GPT-2; cross-attention is added, fresh."""
     fusion: Literal["concat", "mean"] = "concat"
-    """`concat`: the decoder attends to all tokens of both. `mean`: to one vector, the mean of both sides' means (the textbook's)."""
+    """`concat`: the decoder attends to all tokens of both. `mean`: to one vector, both sides averaged (the textbook's)."""
     freeze: Freezing = "nothing"
     """What does not learn: both encoders, one of them, the decoder but for its cross-attention, all but the projections."""
     image: ImageConfig = ImageConfig()
@@ -76,7 +76,7 @@ class ProjectorConfig(Section):
     """From the picture tower's tokens to the language model's."""
 
     kind: Literal["linear", "mlp", "pixel_shuffle"] = "mlp"
-    """`linear`: a matrix. `mlp`: two with GELU between (LLaVA 1.5). `pixel_shuffle`: r × r neighbours become one token, then a matrix."""
+    """A matrix, two with GELU between (LLaVA 1.5), or r × r neighbours made one token and then a matrix."""
     shuffle: Annotated[int, Field(ge=1)] = 2
     """r of `pixel_shuffle`: r² times fewer tokens."""
 
@@ -88,7 +88,7 @@ class MllmModelConfig(Section):
     checkpoint: str | None = None
     """Start from a saved multimodal LLM, as stage 2 does from stage 1; then tower, projector and language are not read."""
     vision: TowerConfig = TowerConfig(source="asset:mobilenet_v2")
-    """The picture's tower: ViT, CLIP, SigLIP, MobileNetV2, …, or a folder of fmray's dual encoder, whose picture tower is taken."""
+    """The picture's tower: ViT, CLIP, SigLIP, MobileNetV2, …, or fmray's dual encoder, whose picture tower is taken."""
     vision_layer: int = -1
     """Hidden layer whose tokens are read, counted from the end (LLaVA: -2); convolutional towers have -1 alone."""
     language: LanguageModelConfig = LanguageModelConfig(source="asset:smollm2_135m")
@@ -156,8 +156,8 @@ class AnswersConfig(Section):
     model: AnswerModelConfig = VqaModelConfig()
     """VQA model or multimodal LLM; `model.kind` selects."""
     parts: dict[str, PartConfig] = Field(default_factory=dict)
-    """What learns, how fast, part by part. VQA: vision, text, vision_projection, text_projection, decoder. LLM: vision, projector,
-    language, cross_attention. A part that is not named learns at `optimizer.lr`."""
+    """What learns, how fast, part by part. VQA: vision, text, vision_projection, text_projection, decoder.
+    LLM: vision, projector, language, cross_attention. A part that is not named learns at `optimizer.lr`."""
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.01)
     """AdamW and its schedule."""
     engine: EngineConfig = EngineConfig()

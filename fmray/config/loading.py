@@ -10,6 +10,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,8 @@ from fmray.errors import ConfigError
 
 Root = TypeVar("Root", bound=Section)
 Recipes = Mapping[str, Callable[[], Root]]
+Task = tuple[type[Section], Mapping[str, Callable[[], Any]]]
+"""A root and its recipes."""
 
 CACHE_VARIABLE = "FMRAY_CACHE"
 """Environment variable that names the folder of downloaded assets."""
@@ -56,17 +59,27 @@ class HelpRequested(Exception):
     """`--help` was asked for; carries the text to print."""
 
 
-def load_config(root: type[Root], recipes: Recipes[Root], arguments: Sequence[str], *, door: str) -> Root:
-    """The configuration that a command line asks for; raises `HelpRequested` or `ConfigError`."""
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """`--recipe clip_tiny --config a.yaml train.steps=20` taken apart, nothing of it checked against a configuration."""
+
+    recipe: str | None
+    layers: tuple[dict[str, Any], ...]
+    """Nested keys of the files, then of the overrides together; later ones lie on top."""
+    help_asked: bool
+
+
+def read_arguments(arguments: Sequence[str]) -> CommandLine:
+    """Raises ConfigError for an option that no door has, and for a file that cannot be read."""
     recipe: str | None = None
     layers: list[dict[str, Any]] = []
     overrides: list[str] = []
-    words = list(arguments)
+    words, help_asked = list(arguments), False
     while words:
         word = words.pop(0)
         flag, _, inline = word.partition("=") if word.startswith("--") else (word, "", "")
         if flag in ("--help", "-h"):
-            raise HelpRequested(describe(root, recipes, door))
+            help_asked = True
         elif flag in ("--recipe", "--config"):
             value = inline or (words.pop(0) if words else "")
             if not value:
@@ -85,7 +98,35 @@ def load_config(root: type[Root], recipes: Recipes[Root], arguments: Sequence[st
     together: dict[str, Any] = {}  # first with each other: their order must not matter
     for override in map(parse_override, overrides):
         together = merge(together, override)
-    return validate(root, compose(root, recipes, recipe, [*layers, together]))
+    return CommandLine(recipe, (*layers, together), help_asked)
+
+
+def load_config(root: type[Root], recipes: Recipes[Root], arguments: Sequence[str], *, door: str) -> Root:
+    """The configuration that a command line asks for; raises `HelpRequested` or `ConfigError`."""
+    given = read_arguments(arguments)
+    if given.help_asked:
+        raise HelpRequested(describe(root, recipes, door))
+    return validate(root, compose(root, recipes, given.recipe, given.layers))
+
+
+def load_task(tasks: Mapping[str, Task], arguments: Sequence[str], *, door: str) -> Any:
+    """As `load_config` for a door with several tasks, each with a root of its own: the recipe's, else the one that `task` names.
+
+    Without either it is the first.
+    """
+    given = read_arguments(arguments)
+    named = [layer["task"] for layer in given.layers if "task" in layer]
+    by_recipe = [name for name, (_, recipes) in tasks.items() if given.recipe in recipes]
+    task = str([*tasks][:1][0] if not (named or by_recipe) else [*named, *by_recipe][-1])
+    if task not in tasks:
+        raise ConfigError("task", task, f"must be one of {', '.join(tasks)}{_near(task, tasks)}")
+    root, recipes = tasks[task]
+    everyones = {name: make for _, theirs in tasks.values() for name, make in theirs.items()}
+    if given.help_asked:
+        others = [f"{door} task={name} --help" for name in tasks if name != task]
+        raise HelpRequested(f"{describe(root, everyones, door)}\n\nother keys: {', '.join(others)}")
+    known = recipes if given.recipe in everyones else everyones
+    return validate(root, compose(root, known, given.recipe, given.layers))
 
 
 def compose(

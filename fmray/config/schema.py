@@ -253,6 +253,8 @@ class EvaluateConfig(Section):
 class PretrainConfig(Section):
     """A whole contrastive pretraining run."""
 
+    task: Literal["pairs"] = "pairs"
+    """What tells this configuration from those of other trainings (`fmray pretrain` reads them all)."""
     run: RunConfig = RunConfig()
     """Name, storage, seed."""
     runtime: RuntimeConfig = RuntimeConfig()

@@ -45,7 +45,8 @@ def open_captions(config: CaptionSource, split: Split) -> ListedDialogues:
         for place, caption in enumerate(captions if split == "train" else captions[:1]):
             name = f"{sample}#{place}" if split == "train" else sample
             prompt = _drawn(config.prompts, name)
-            dialogues.append(asked(name, f"{split}/{index}", prompt, caption))
+            known = captions if split == "test" else ()
+            dialogues.append(asked(name, f"{split}/{index}", prompt, caption, answers=known, kind="caption"))
     return ListedDialogues(tuple(dialogues), PairPictures(source, f"{split}/"))
 
 

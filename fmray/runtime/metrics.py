@@ -228,7 +228,10 @@ SHOWN = {
     "train/samples_per_second": "{:.1f} samples/s",
 }
 """What stands behind the progress bar."""
-HEADLINES = ("/r1", "/r5", "eval/score", "eval/kl", "/accuracy")
+HEADLINES = (
+    *("/r1", "/r5", "eval/score", "eval/kl", "/accuracy"),
+    *("eval/exact_match", "/vqa_accuracy", "/bleu4", "/rank/pmi"),
+)
 """Endings of the evaluation metrics that are printed as they come."""
 
 

@@ -49,7 +49,7 @@ def train_answers(config: AnswersConfig, context: Context) -> Outcome:
         saver=saver,
     )
     first = course.resume()
-    watch = Watch(Unreadable(config.data.max_bad_share * len(dataset.group_indices)))
+    watch = Watch(Unreadable(config.data.max_bad_share * len(dataset.groups)))
 
     # --------------------------------------------------------------------------------------------- 3. the steps
     for step, loaded in loader.batches(first, config.train.steps):
@@ -154,7 +154,7 @@ def learn(
     everyones = context.sum(torch.tensor(float(mine), device=context.device)).item()
     learned = Learned()
     for number, batch in enumerate(batches, start=1):
-        loss: Tensor = learner.engine.forward(**batch.inputs).loss
+        loss: Tensor = learner.engine.forward(**batch.inputs, loss_only=True).loss
         # engines average the ranks' gradients: their number makes it the sum again
         share = batch.tokens * context.world_size / everyones
         learner.engine.backward(loss * share, last=number == len(batches))
@@ -208,7 +208,9 @@ def measure(
     started = time.perf_counter()
     answering.model.to(context.device)
     test = open_dialogues(config.data.source, "test")
-    metrics, details = evaluate_answers(answering, test, config.evaluate, context, source)
+    metrics, details = evaluate_answers(
+        answering, test, config.evaluate, context, source, max_bad_share=config.data.max_bad_share
+    )
     answering.model.to("cpu")
     if context.rank == 0:
         text = json.dumps({"step": done, "metrics": metrics, **details}, indent=1, ensure_ascii=False)

@@ -83,7 +83,7 @@ class DeepSpeedEngine:
         )
         self.module = module
 
-    def forward(self, **inputs: Tensor) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         return self._engine(**inputs)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:

@@ -29,7 +29,7 @@ class Engine(Protocol):
 
     module: nn.Module
 
-    def forward(self, **inputs: Tensor) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         """The module's output, in the engine's precision; every learning parameter is read in here."""
         ...
 
@@ -97,7 +97,7 @@ class TorchEngine:
         self._parameters = [p for group in groups for p in group.parameters]
         self._names = {parameter: name for name, parameter in module.named_parameters()}
 
-    def forward(self, **inputs: Tensor) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         with autocast(self._device, self._precision):
             return self.module(**inputs)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fmray.config.answers import AnswersConfig, VqaModelConfig
 from fmray.config.reward import RewardModelConfig
 from fmray.config.schema import PretrainConfig
+from fmray.data.dialogues import open_dialogues
 from fmray.data.sources import open_source
 from fmray.data.verdicts import open_verdicts, reference_texts
 from fmray.models.reward_model import model_config
-from fmray.models.towers import load_tokenizer, tower_config
+from fmray.models.towers import load_tokenizer, locate_model, tower_config
 from fmray.training.reward_model import learns_with_trl
 
 
@@ -18,6 +20,18 @@ def check_pretrain(config: PretrainConfig) -> None:
     if config.model.checkpoint is None:
         tower_config(config.model.vision, "model.vision", None)
         tower_config(config.model.text, "model.text", None)
+        load_tokenizer(config.model.text, "model.text")
+
+
+def check_answers(config: AnswersConfig) -> None:
+    """Raises ConfigError, DataError, AssetError or CheckpointError in one line."""
+    open_dialogues(config.data.source, "train")
+    open_dialogues(config.data.source, "test")
+    if config.model.checkpoint is not None:
+        locate_model(config.model.checkpoint, "model.checkpoint")
+        return
+    tower_config(config.model.vision, "model.vision", None)
+    if isinstance(config.model, VqaModelConfig):
         load_tokenizer(config.model.text, "model.text")
 
 
