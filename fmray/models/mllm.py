@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from fmray.config.schema import ImageConfig
-from fmray.errors import DataError
+from fmray.errors import ConfigError, DataError
 from fmray.models.answering import AnswerOutput
 from fmray.models.clip import image_statistics
 from fmray.models.gated_attention import GatedLayers, Memory
@@ -143,6 +143,21 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
         head: nn.Module = self.language.get_output_embeddings()
         return head
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """For transformers' `generate`: pictures are read with the prompt. Raises ConfigError where gated layers need them."""
+        if self.cross_attention is not None and kwargs.get("pixel_values") is not None:
+            cure = "generate() knows no places of pictures beside the words: ask MllmAnswering.answer"
+            raise ConfigError("fusion", "cross_attention", cure)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if not kwargs.get("is_first_iteration", False):
+            for name in ("pixel_values", "image_features", "picture_valid", "pictures"):
+                inputs.pop(name, None)
+        return inputs
+
     def train(self, mode: bool = True) -> Mllm:
         super().train(mode)
         for part in self.children():
@@ -243,15 +258,17 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
         use_cache: bool | None = None,
         memory_tokens: Tensor | None = None,
         memory_visible: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         before: Tensor | None = None,
         logits_to_keep: int = 0,
+        loss_only: bool = False,
         **pictures: Any,
     ) -> AnswerOutput:
-        """With labels the loss alone, without them logits [R, L, V] (of the last `logits_to_keep` columns; 0: all).
+        """Logits [R, L, V] (of the last `logits_to_keep` columns; 0: all) and with labels their loss, with `loss_only` it alone.
 
         labels: int64 [R, L], unshifted, -100 where there is none; each is predicted from the column before it, or from the one
-        that `before` [R, L] names. The other arguments are those of `states`. Raises DataError where no label is given.
+        that `before` [R, L] names. The other arguments are those of `body`. Raises DataError where no label is given.
         """
         memory = None
         if memory_tokens is not None and memory_visible is not None:
@@ -262,17 +279,21 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
             position_ids,
             inputs_embeds,
             memory,
+            pixel_values=pixel_values,
             past_key_values=past_key_values,
             use_cache=bool(use_cache),
             **pictures,
         )
         states_RLD, head = body.last_hidden_state, self.get_output_embeddings()
+        loss = None
         if labels is not None:
             # only these tokens' logits: the output matrix is the largest of a small language model
             states_TD, targets_T, _ = predictions(states_RLD, labels, before)
-            return AnswerOutput(loss=F.cross_entropy(head(states_TD).float(), targets_T))
+            loss = F.cross_entropy(head(states_TD).float(), targets_T)
+            if loss_only:
+                return AnswerOutput(loss=loss)
         logits = head(states_RLD[:, -logits_to_keep:])
-        return AnswerOutput(logits=logits, past_key_values=body.past_key_values)
+        return AnswerOutput(loss=loss, logits=logits, past_key_values=body.past_key_values)
 
     def body(
         self,

@@ -82,7 +82,9 @@ def test_plain_is_the_texts_in_a_row() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "before"), [(0, [SILENT]), (3, [PICTURE] * 3)])
-def test_an_answer_always_has_a_token_before_it_that_knows_the_picture(tokens: int, before: list[int]) -> None:
+def test_an_answer_always_has_a_token_before_it_that_knows_the_picture(
+    tokens: int, before: list[int]
+) -> None:
     """With cross-attention a caption of a picture alone would begin at nothing: the start token stands behind the picture."""
     caption = talk((("", ""), "red"), pictures=("a.png",))
     spans = renderer("plain", tokens).spans(caption)

@@ -76,8 +76,11 @@ def test_loss_is_the_mean_over_labels_shifted_once(language: str, fusion: str) -
     answering = tiny_mllm(language=language, fusion=fusion)
     dialogues, given = some_dialogues(), pictures(2)
     batch = answering.collate(dialogues, given)
-    output = answering.model(**batch.inputs)
+    output = answering.model(**batch.inputs, loss_only=True)
     assert output.logits is None
+    with_logits = answering.model(**batch.inputs)
+    assert with_logits.logits.shape == (*batch.inputs["input_ids"].shape, 320)
+    assert torch.equal(with_logits.loss, output.loss)
     logp, count = 0.0, 0
     for dialogue in dialogues:  # each alone in full logits, its labels shifted by hand
         inputs = answering.collate([dialogue], given).inputs
