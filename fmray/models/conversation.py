@@ -146,11 +146,12 @@ class Renderer:
         return [end, Span(item.ids[item.learned :])]
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        if text not in self._texts:
+        ids = self._texts.get(text)
+        if ids is None:
             if len(self._texts) >= 65536:  # questions repeat, captions do not
                 self._texts.clear()
-            self._texts[text] = tuple(self._plain.encode(text, add_special_tokens=False).ids)
-        return self._texts[text]
+            ids = self._texts[text] = tuple(self._plain.encode(text, add_special_tokens=False).ids)
+        return ids
 
     def _start_id(self) -> int:
         bos = self.tokenizer.bos_token_id
@@ -165,13 +166,14 @@ class Renderer:
 
     def _layout(self, pictures: tuple[int, ...]) -> list[_Slot | _Said]:
         """Slots and the template's words between them, for turns with these numbers of pictures."""
-        if pictures not in self._layouts:
+        items = self._layouts.get(pictures)
+        if items is None:
             if len(self._layouts) >= 1024:  # a server's callers choose the shapes
                 self._layouts.clear()
             slots = [slot for turn, count in enumerate(pictures) for slot in _slots(turn, count)]
             build = self._chat if self.template == "chat" else self._in_a_row
-            self._layouts[pictures] = build(slots)
-        return self._layouts[pictures]
+            items = self._layouts[pictures] = build(slots)
+        return items
 
     def _in_a_row(self, slots: list[_Slot]) -> list[_Slot | _Said]:
         if self.tokenizer.eos_token_id is None:

@@ -130,7 +130,8 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
     def _init_weights(self, module: nn.Module) -> None:
         """Only our own layers: tower and language model come initialised by their own classes."""
         if isinstance(module, nn.Linear) and any(module is own for own in self.projector.modules()):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            # the scale of torch's own start, LLaVA's: pictures begin near the words' size, not far above it
+            nn.init.normal_(module.weight, std=(3 * module.in_features) ** -0.5)
             nn.init.zeros_(module.bias)
         if self.cross_attention is not None:
             self.cross_attention.initialise(module)

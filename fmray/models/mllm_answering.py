@@ -42,7 +42,7 @@ LOGITS_AT_ONCE = 1024
 
 
 class MllmAnswering:
-    """`Answering` by a multimodal LLM."""
+    """`Answering` by a multimodal LLM; one call of `answer` at a time: its decoder holds the caches."""
 
     def __init__(self, model: Mllm, tokenizer: PreTrainedTokenizerFast) -> None:
         self.model, self.tokenizer = model, tokenizer

@@ -58,6 +58,15 @@ def test_a_packed_dialogue_is_the_dialogue_alone(language: str, fusion: str, row
 
 
 @MODELS
+def test_any_attention_kernel_takes_the_mask(language: str) -> None:
+    answering, given = tiny_mllm(language=language, row_tokens=256), pictures(2)
+    inputs = answering.collate(some_dialogues(), given).inputs
+    loss = answering.model(**inputs).loss
+    answering.model.language.set_attn_implementation("eager")
+    torch.testing.assert_close(answering.model(**inputs).loss, loss, atol=1e-5, rtol=0)
+
+
+@MODELS
 @FUSIONS
 def test_another_branch_or_group_changes_nothing(language: str, fusion: str) -> None:
     answering = tiny_mllm(language=language, fusion=fusion, row_tokens=256)

@@ -209,6 +209,15 @@ def test_a_saved_model_is_the_model(fusion: str, language: str, vision: str, tmp
     assert kept["crop_size"]["height"] == answering.image.size
 
 
+def test_folded_batch_norms_are_found_again(tmp_path: Path) -> None:
+    answering = tiny_mllm(vision="mobilenet_v2", folded_batch_norm=True)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in answering.model.vision.modules())
+    answering.save(answering.model.state_dict(), tmp_path)
+    loaded = load_answering(str(tmp_path), CPU)
+    batch = answering.collate(some_dialogues(), pictures(2, size=64)).inputs
+    assert torch.equal(loaded.model(**batch).loss, answering.model(**batch).loss)
+
+
 def test_saving_wants_all_weights_and_loading_a_whole_folder(tmp_path: Path) -> None:
     answering = tiny_mllm()
     weights = answering.model.state_dict()
