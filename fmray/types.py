@@ -92,6 +92,8 @@ class Dialogue:
     """Type of question, for results by type; empty: one type."""
     sided: bool = False
     """It speaks of left and right: its pictures must not be mirrored."""
+    system: str = ""
+    """How to answer, said before the first turn, in place of what the chat template says there; empty: as the template says."""
 
     @property
     def question(self) -> str:

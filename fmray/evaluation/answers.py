@@ -151,8 +151,8 @@ def answer_all(
         bad |= {str(place): found[0] for place, found in reasons.items() if found}
         whole = [place for place in batch if not reasons[place]]
         if whole:
-            texts = answering.answer([dialogues[place] for place in whole], pictures, beams=config.beams)
-            said |= {str(place): text for place, text in zip(whole, texts, strict=True)}
+            answers = answering.answer([dialogues[place] for place in whole], pictures, beams=config.beams)
+            said |= {str(place): one.text for place, one in zip(whole, answers, strict=True)}
     everyones = [json.loads(text) for text in context.gather_texts(json.dumps([said, bad]))]
     texts_of = {int(place): text for found, _ in everyones for place, text in found.items()}
     reasons_of = {int(place): reason for _, found in everyones for place, reason in found.items()}

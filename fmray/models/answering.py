@@ -6,7 +6,7 @@ B dialogues  N distinct pictures  P tokens of a picture  F width of the picture 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from fmray.config.answers import AnswerModelConfig, VqaModelConfig
 from fmray.config.schema import ImageConfig
-from fmray.errors import CheckpointError
+from fmray.errors import CheckpointError, DataError
 from fmray.models.towers import locate_model
 from fmray.types import Dialogue, Pictures
 
@@ -51,6 +51,34 @@ class AnswerBatch:
         return replace(self, inputs=moved)
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """An answer. `Said("a red circle", tokens=4, prompt_tokens=61, ended=True)`"""
+
+    text: str
+    """Words alone: no special token, no space around them."""
+    tokens: int
+    """Tokens of the answer, its end among them."""
+    prompt_tokens: int
+    """Tokens that were read before it: a VQA model's question; a multimodal LLM's whole prompt, pictures among the words."""
+    ended: bool
+    """It ended by itself; False: it was cut at the longest answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a model reads and says. `Limits(prompt_tokens=512, answer_tokens=64, one_question=False, system=True)`"""
+
+    prompt_tokens: int
+    """Longest prompt, counted as `prompt_tokens` counts."""
+    answer_tokens: int
+    """Longest answer where nothing else is asked for, its end among them."""
+    one_question: bool
+    """It answers one question about one picture; False: dialogues with any number of pictures."""
+    system: bool
+    """It has a place for `Dialogue.system`."""
+
+
 class Answering(Protocol):
     """A model with what turns dialogues into its tensors and its tokens into words."""
 
@@ -70,8 +98,32 @@ class Answering(Protocol):
         """A training batch; raises DataError with the dialogue's name: no answer token, a picture that is missing or too many."""
         ...
 
-    def answer(self, dialogues: Sequence[Dialogue], pictures: Pictures, *, beams: int = 1) -> list[str]:
-        """What the model says to each dialogue's last turn (greedy, or the best of some beams), whose answer is not read."""
+    @property
+    def limits(self) -> Limits:
+        """What it reads and says at most."""
+        ...
+
+    def prompt_tokens(self, dialogue: Dialogue) -> int:
+        """Tokens before the last answer with nothing cut or left out; raises DataError where the model cannot read it at all."""
+        ...
+
+    def answer_room(self, prompt_tokens: int) -> int:
+        """Most tokens that an answer behind so many can have: what the language model has positions for."""
+        ...
+
+    def answer(
+        self,
+        dialogues: Sequence[Dialogue],
+        pictures: Pictures,
+        *,
+        beams: int = 1,
+        max_new_tokens: int | None = None,
+    ) -> list[Said]:
+        """What the model says to each dialogue's last turn (greedy, or the best of some beams), whose answer is not read.
+
+        `max_new_tokens`: longest answer, its end among them; None: the model's own. Raises DataError with the dialogue's name
+        where that is more than there is room for.
+        """
         ...
 
     def likelihood(self, dialogues: Sequence[Dialogue], pictures: Pictures) -> tuple[Tensor, Tensor]:
@@ -95,12 +147,23 @@ class Answering(Protocol):
         ...
 
 
-def build_answering(config: AnswerModelConfig) -> Answering:
-    """The model that a configuration asks for, in fp32 on the CPU. Raises ConfigError with the key."""
+def check_room(name: str, max_new_tokens: int, room: int) -> None:
+    """Raises DataError where an answer of so many tokens is none, or more than there is room for."""
+    if not 1 <= max_new_tokens <= room:
+        raise DataError(
+            f"dialogue '{name}': max_new_tokens={max_new_tokens}, but its answer can have 1 to {room} tokens"
+        )
+
+
+def build_answering(config: AnswerModelConfig, answers: Iterable[str] = ()) -> Answering:
+    """The model that a configuration asks for, in fp32 on the CPU. Raises ConfigError with the key.
+
+    answers: the training answers, which are read where a tokenizer is to be learned from them.
+    """
     if isinstance(config, VqaModelConfig):
         from fmray.models.vqa_answering import build_vqa
 
-        return build_vqa(config)
+        return build_vqa(config, answers)
     from fmray.models.mllm_answering import build_mllm
 
     return build_mllm(config)

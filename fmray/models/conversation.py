@@ -19,6 +19,8 @@ Template = Literal["chat", "plain"]
 OPEN, CLOSE = "\ue000", "\ue001"
 """Private-use characters around a slot's number: no template writes them, none trims them."""
 SLOT = re.compile(f"{OPEN}(\\d+){CLOSE}")
+LONGEST_KEPT = 256
+"""Texts of more characters and layouts of more slots are not remembered: strangers may choose them, and memory is bounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """What is filled in: a text of a question, a picture behind one, or an answer."""
+    """What is filled in: the system message, a text of a question, a picture behind one, or an answer."""
 
-    kind: Literal["text", "picture", "answer"]
-    turn: int
+    kind: Literal["system", "text", "picture", "answer"]
+    turn: int = -1
     part: int = 0
 
 
@@ -79,26 +81,34 @@ class Renderer:
             copy.no_padding()
         added = tokenizer.added_tokens_decoder
         self._special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
-        self._layouts: dict[tuple[int, ...], list[_Slot | _Said]] = {}
+        self._layouts: dict[tuple[bool, tuple[int, ...]], list[_Slot | _Said]] = {}
         self._texts: dict[str, tuple[int, ...]] = {}
         self.end_id = self._end_id()
         """The token that ends an answer."""
+        self.takes_system = self._takes_system()
+        """Whether the template has a place for `Dialogue.system`."""
 
     def spans(self, dialogue: Dialogue, *, answer: bool = True) -> list[Span]:
         """The whole dialogue; with `answer=False` all that stands before the last answer, which is not read.
 
         The second is the beginning of the first, token by token. Raises DataError where pictures and places for them differ
-        in number.
+        in number, and for a system message that the template has no place for.
         """
+        if dialogue.system and not self.takes_system:
+            raise DataError(
+                f"dialogue '{dialogue.name}': the model's template has no place for a system message"
+            )
         places = sum(turn.pictures for turn in dialogue.turns)
         if places != len(dialogue.pictures):
             pictures = f"{len(dialogue.pictures)} pictures for {places} places in its questions"
             raise DataError(f"dialogue '{dialogue.name}': has {pictures}")
         last, keys = len(dialogue.turns) - 1, iter(dialogue.pictures)
         spans: list[Span] = []
-        for item in self._layout(tuple(turn.pictures for turn in dialogue.turns)):
+        for item in self._layout(bool(dialogue.system), tuple(turn.pictures for turn in dialogue.turns)):
             if isinstance(item, _Said):
                 spans += self._said(item, dialogue)
+            elif item.kind == "system":
+                spans.append(Span(self._ids(dialogue.system)))
             elif item.kind == "text":
                 spans.append(Span(self._ids(dialogue.turns[item.turn].question[item.part])))
             elif item.kind == "picture":
@@ -148,9 +158,11 @@ class Renderer:
     def _ids(self, text: str) -> tuple[int, ...]:
         ids = self._texts.get(text)
         if ids is None:
-            if len(self._texts) >= 65536:  # questions repeat, captions do not
-                self._texts.clear()
-            ids = self._texts[text] = tuple(self._plain.encode(text, add_special_tokens=False).ids)
+            ids = tuple(self._plain.encode(text, add_special_tokens=False).ids)
+            if len(text) <= LONGEST_KEPT:
+                if len(self._texts) >= 65536:  # questions repeat, captions do not
+                    self._texts.clear()
+                self._texts[text] = ids
         return ids
 
     def _start_id(self) -> int:
@@ -158,21 +170,32 @@ class Renderer:
         return int(self.tokenizer.eos_token_id if bos is None else bos)
 
     def _end_id(self) -> int:
-        said = self._layout((0,))[-1]
+        said = self._layout(False, (0,))[-1]
         assert isinstance(said, _Said)
         return said.ids[said.learned - 1]
 
+    def _takes_system(self) -> bool:
+        if self.template == "plain":
+            return False
+        try:
+            self._layout(True, (0,))
+        except ConfigError:  # it refuses the role, as Gemma's does, or leaves the message out
+            return False
+        return True
+
     # ------------------------------------------------------------------------------------------------- the template's pieces
 
-    def _layout(self, pictures: tuple[int, ...]) -> list[_Slot | _Said]:
+    def _layout(self, system: bool, pictures: tuple[int, ...]) -> list[_Slot | _Said]:
         """Slots and the template's words between them, for turns with these numbers of pictures."""
-        items = self._layouts.get(pictures)
+        items = self._layouts.get((system, pictures))
         if items is None:
-            if len(self._layouts) >= 1024:  # a server's callers choose the shapes
-                self._layouts.clear()
-            slots = [slot for turn, count in enumerate(pictures) for slot in _slots(turn, count)]
-            build = self._chat if self.template == "chat" else self._in_a_row
-            items = self._layouts[pictures] = build(slots)
+            slots = [_Slot("system")] if system else []
+            slots += [slot for turn, count in enumerate(pictures) for slot in _slots(turn, count)]
+            items = self._chat(slots) if self.template == "chat" else self._in_a_row(slots)
+            if len(slots) <= LONGEST_KEPT:  # a server's callers choose the shapes
+                if len(self._layouts) >= 1024:
+                    self._layouts.clear()
+                self._layouts[system, pictures] = items
         return items
 
     def _in_a_row(self, slots: list[_Slot]) -> list[_Slot | _Said]:
@@ -211,7 +234,7 @@ class Renderer:
             raise ConfigError("model.template", "chat", "the tokenizer has no chat template; use plain")
         messages: list[dict[str, str]] = []
         for number, slot in enumerate(slots):
-            role = "assistant" if slot.kind == "answer" else "user"
+            role = {"answer": "assistant", "system": "system"}.get(slot.kind, "user")
             if not messages or messages[-1]["role"] != role:
                 messages.append({"role": role, "content": ""})
             messages[-1]["content"] += f"{OPEN}{number}{CLOSE}"

@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from fmray.config.answers import MllmModelConfig
 from fmray.config.schema import ImageConfig
 from fmray.errors import CheckpointError, DataError
-from fmray.models.answering import AnswerBatch
+from fmray.models.answering import AnswerBatch, Limits, Said, check_room
 from fmray.models.conversation import Renderer, Span
 from fmray.models.decoding.generate import Decoder, Sampling, generate, make_decoder
 from fmray.models.gated_attention import Memory
@@ -108,13 +108,42 @@ class MllmAnswering:
 
     # ------------------------------------------------------------------------------------------------------------ answering
 
-    def answer(self, dialogues: Sequence[Dialogue], pictures: Pictures, *, beams: int = 1) -> list[str]:
+    @property
+    def limits(self) -> Limits:
+        """Dialogues, pictures among their tokens where they stand in the sequence."""
+        config = self.model.config
+        return Limits(
+            config.max_tokens,
+            config.max_answer_tokens,
+            one_question=False,
+            system=self.renderer.takes_system,
+        )
+
+    def prompt_tokens(self, dialogue: Dialogue) -> int:
+        """Tokens of all turns before the last answer, none left out."""
+        return sum(len(span.ids) for span in self.renderer.spans(dialogue, answer=False))
+
+    def answer_room(self, prompt_tokens: int) -> int:
+        """The language model's positions that the prompt leaves."""
+        return int(self.model.config.text_config.max_position_embeddings) - prompt_tokens
+
+    def answer(
+        self,
+        dialogues: Sequence[Dialogue],
+        pictures: Pictures,
+        *,
+        beams: int = 1,
+        max_new_tokens: int | None = None,
+    ) -> list[Said]:
         """Greedy with a cache of keys and values, or the best of some beams; the same alone and in a batch."""
         config = self.model.config
+        longest = config.max_answer_tokens if max_new_tokens is None else max_new_tokens
         lines = []
         for dialogue in dialogues:
             spans = self.renderer.fitted(dialogue, config.max_tokens, answer=False)
             lines.append(as_line(dialogue, spans, pictures))
+            if max_new_tokens is not None:
+                check_room(dialogue.name, longest, self.answer_room(len(lines[-1].ids)))
         ids_BP, mask_BP = _left_padded(lines)
         ids_BP, mask_BP = ids_BP.to(self.model.device), mask_BP.to(self.model.device)
         search = self._greedy if beams == 1 else self._beam_search
@@ -124,8 +153,14 @@ class MllmAnswering:
                 inputs = self._picture_inputs(pictures.to(self.model.device))
                 projected_NPD = self.model.projected(inputs.get("pixel_values"), inputs.get("image_features"))
             words_BPD, memory = self._prompts(ids_BP, mask_BP, lines, projected_NPD)
-            found = search(ids_BP, mask_BP, words_BPD, memory, beams)
-        return [self.renderer.text(ids) for ids in found]
+            found = search(ids_BP, mask_BP, words_BPD, memory, longest, beams)
+        return [self._said(ids, len(line.ids)) for ids, line in zip(found, lines, strict=True)]
+
+    def _said(self, ids: Sequence[int], prompt_tokens: int) -> Said:
+        """An answer of some tokens, the last of which may be its end."""
+        ended = bool(ids) and ids[-1] == self.renderer.end_id
+        words = ids[:-1] if ended else ids
+        return Said(self.renderer.text(words), len(ids), prompt_tokens, ended)
 
     def _prompts(
         self, ids_BP: Tensor, mask_BP: Tensor, lines: Sequence[Line], projected_NPD: Tensor | None
@@ -149,27 +184,27 @@ class MllmAnswering:
         return words_BPD, memory
 
     def _greedy(
-        self, ids_BP: Tensor, mask_BP: Tensor, words_BPD: Tensor, memory: Memory | None, _: int
+        self, ids_BP: Tensor, mask_BP: Tensor, words_BPD: Tensor, memory: Memory | None, longest: int, _: int
     ) -> list[list[int]]:
         decoder: Any = self._current_decoder()
         if not self._in_sequence:
             decoder.memory = memory
         rows = torch.arange(len(ids_BP))
-        end, limit = self.renderer.end_id, self.model.config.max_answer_tokens
-        sampling = Sampling(max_new_tokens=limit, eos_id=end, pad_id=end, greedy=True)
+        end = self.renderer.end_id
+        sampling = Sampling(max_new_tokens=longest, eos_id=end, pad_id=end, greedy=True)
         made = generate(decoder, ids_BP, mask_BP, rows, rows, sampling, words_BPD)
         lengths = made.mask_BT.sum(dim=1).tolist()
-        return [_until(ids[:length], end) for ids, length in zip(made.ids_BT.tolist(), lengths, strict=True)]
+        return [ids[:length] for ids, length in zip(made.ids_BT.tolist(), lengths, strict=True)]
 
     def _beam_search(
-        self, _: Tensor, mask_BP: Tensor, words_BPD: Tensor, memory: Memory | None, beams: int
+        self, _: Tensor, mask_BP: Tensor, words_BPD: Tensor, memory: Memory | None, longest: int, beams: int
     ) -> list[list[int]]:
         end = self.renderer.end_id
         more = {}
         if memory is not None:
             more = {"memory_tokens": memory.tokens_RMD, "memory_visible": memory.visible_RLM}
         settings = GenerationConfig(
-            max_new_tokens=self.model.config.max_answer_tokens,
+            max_new_tokens=longest,
             num_beams=beams,
             do_sample=False,
             eos_token_id=end,
@@ -302,7 +337,8 @@ def _memory_inputs(packed: Packed) -> dict[str, Tensor]:
 
 
 def _until(ids: Sequence[int], end: int) -> list[int]:
-    return list(ids[: ids.index(end)] if end in ids else ids)
+    """Up to the end and with it; beams are filled up behind theirs."""
+    return list(ids[: ids.index(end) + 1] if end in ids else ids)
 
 
 def _fingerprint(model: Mllm) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ F width of a tower
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from fmray.config.answers import VqaModelConfig
 from fmray.config.schema import ImageConfig
 from fmray.errors import CheckpointError, DataError
-from fmray.models.answering import AnswerBatch
+from fmray.models.answering import AnswerBatch, Limits, Said, check_room
 from fmray.models.preparation import save_picture_preparation
 from fmray.models.vqa import VqaConfig, VqaModel
 from fmray.models.vqa_build import ANSWER_TOKENIZER, build_parts, open_parts
 from fmray.types import Dialogue, Pictures
+
+MOST_QUESTIONS = 262_144
+"""Distinct questions whose token ids are kept: more than VQA v2's training split has."""
 
 
 class VqaAnswering:
@@ -111,6 +114,8 @@ class VqaAnswering:
         if found is None:
             longest = self.model.config.max_question_tokens
             encoded = self.question_tokenizer(question, truncation=True, max_length=longest)["input_ids"]
+            if len(self._question_ids) >= MOST_QUESTIONS:  # a server's callers choose them
+                self._question_ids.clear()
             # a tokenizer that adds nothing makes nothing of an empty question, and a tower needs a token
             found = self._question_ids[question] = list(encoded) or [self._question_pad]
         return found
@@ -148,17 +153,44 @@ class VqaAnswering:
 
     # ----------------------------------------------------------------------------------------------------------- words
 
-    def answer(self, dialogues: Sequence[Dialogue], pictures: Pictures, *, beams: int = 1) -> list[str]:
+    @property
+    def limits(self) -> Limits:
+        """One question, cut where it is longer."""
+        config = self.model.config
+        return Limits(config.max_question_tokens, config.max_answer_tokens, one_question=True, system=False)
+
+    def prompt_tokens(self, dialogue: Dialogue) -> int:
+        """Tokens of the whole question, also of one that will be cut."""
+        return len(self.question_tokenizer(dialogue.question, truncation=False, verbose=False)["input_ids"])
+
+    def answer_room(self, prompt_tokens: int) -> int:
+        """The decoder's positions: the question stands in none of them, and the answer's last token is not read."""
+        return int(self.model.config.decoder_config.n_positions)
+
+    def answer(
+        self,
+        dialogues: Sequence[Dialogue],
+        pictures: Pictures,
+        *,
+        beams: int = 1,
+        max_new_tokens: int | None = None,
+    ) -> list[Said]:
         """What the model says to each dialogue's question, whose answer is not read; greedy, or the best of some beams."""
+        longest = self.model.config.max_answer_tokens if max_new_tokens is None else max_new_tokens
+        for dialogue in dialogues if max_new_tokens is not None else ():
+            check_room(dialogue.name, longest, self.answer_room(0))
         inputs = self._on_device(self._asked(dialogues, pictures))
         with resting(self.model):
-            longest = self.model.config.max_answer_tokens
             made = self.model.generate(**inputs, max_new_tokens=longest, num_beams=beams, do_sample=False)
-        texts, end = [], self.model.config.end_id
-        for ids in made.tolist():
-            said = ids[: ids.index(end)] if end in ids else ids
-            texts.append(self.answer_tokenizer.decode(said, skip_special_tokens=True).strip())
-        return texts
+        end = self.model.config.end_id
+        answers = []
+        for dialogue, ids in zip(dialogues, made.tolist(), strict=True):
+            ended = end in ids
+            words = ids[: ids.index(end)] if ended else ids
+            text = self.answer_tokenizer.decode(words, skip_special_tokens=True).strip()
+            read = len(self._ids_of(dialogue.question))
+            answers.append(Said(text, len(words) + ended, read, ended))
+        return answers
 
     def likelihood(self, dialogues: Sequence[Dialogue], pictures: Pictures) -> tuple[Tensor, Tensor]:
         """Σ log-probability of each dialogue's answer, end of text included, float32 [B], and its tokens, int64 [B]."""
@@ -223,6 +255,8 @@ def _check(dialogue: Dialogue, pictures: Pictures) -> None:
     """One turn, one picture, and that picture there."""
     name, count = dialogue.name, len(dialogue.pictures)
     other = "the multimodal LLM (model.kind=mllm) takes more"
+    if dialogue.system:
+        raise DataError(f"dialogue '{name}': the VQA model takes no system message")
     if len(dialogue.turns) != 1:
         raise DataError(
             f"dialogue '{name}': the VQA model answers one question, it has {len(dialogue.turns)} turns: {other}"
@@ -242,9 +276,12 @@ def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
 
-def build_vqa(config: VqaModelConfig) -> VqaAnswering:
-    """The model that a configuration asks for, in fp32 on the CPU; raises ConfigError with the key."""
-    return VqaAnswering(*build_parts(config))
+def build_vqa(config: VqaModelConfig, answers: Iterable[str] = ()) -> VqaAnswering:
+    """The model that a configuration asks for, in fp32 on the CPU; raises ConfigError with the key.
+
+    answers: what `model.decoder.tokenizer=answers` is learned from.
+    """
+    return VqaAnswering(*build_parts(config, answers))
 
 
 def load_vqa(folder: str | Path, device: torch.device) -> VqaAnswering:

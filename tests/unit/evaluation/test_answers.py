@@ -19,6 +19,7 @@ from fmray.config.schema import ImageConfig
 from fmray.data.dialogues import ListedDialogues
 from fmray.errors import DataError
 from fmray.evaluation.answers import evaluate_answers, metric_name, picture_batches
+from fmray.models.answering import Said
 from fmray.types import Dialogue, Metrics, Pictures, Turn
 from tests.tiny_vqa import asked, tiny_vqa
 from tests.unit.evaluation.contexts import context
@@ -54,12 +55,12 @@ class Table:
         self.said, self.asked = said, []
         self.model = nn.Linear(1, 1)
 
-    def answer(self, dialogues: Sequence[Dialogue], pictures: Pictures, *, beams: int = 1) -> list[str]:
+    def answer(self, dialogues: Sequence[Dialogue], pictures: Pictures, *, beams: int = 1) -> list[Said]:
         assert beams == 3
         for dialogue in dialogues:
             assert set(dialogue.pictures) <= set(pictures.keys)
         self.asked.append([dialogue.name for dialogue in dialogues])
-        return [self.said[dialogue.name] for dialogue in dialogues]
+        return [Said(self.said[dialogue.name], 2, 5, True) for dialogue in dialogues]
 
 
 def of(*dialogues: Dialogue, damaged: str = "") -> ListedDialogues:

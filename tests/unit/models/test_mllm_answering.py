@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, GenerationConfig
 
 from fmray.errors import CheckpointError, ConfigError, DataError
-from fmray.models.answering import load_answering
+from fmray.models.answering import Said, load_answering
+from fmray.models.decoding.any import AnyCausalDecoder, AnySeq2SeqDecoder
+from fmray.models.decoding.generate import make_decoder
+from fmray.models.language import open_language_model
 from fmray.models.mllm import Mllm, MllmConfig
 from fmray.models.mllm_answering import MllmAnswering
 from fmray.types import Dialogue, Pictures, Turn
+from tests.stories import tiny_t5
 from tests.tiny_mllm import about, pictures, some_dialogues, tiny_mllm
 
 MODELS = pytest.mark.parametrize("language", ["llama", "gpt2"])
@@ -52,6 +57,10 @@ def slowly(answering: MllmAnswering, dialogue: Dialogue, given: Pictures) -> str
     return answering.renderer.text(said)
 
 
+def texts(answers: Sequence[Said]) -> list[str]:
+    return [said.text for said in answers]
+
+
 @MODELS
 @FUSIONS
 def test_answers_are_those_of_whole_passes_alone_and_together(language: str, fusion: str) -> None:
@@ -62,8 +71,8 @@ def test_answers_are_those_of_whole_passes_alone_and_together(language: str, fus
     assert answering.model.training
     answering.model.eval()
     assert together == [answering.answer([dialogue], given)[0] for dialogue in dialogues]
-    assert together == [slowly(answering, dialogue, given) for dialogue in dialogues]
-    assert len(set(together)) > 1
+    assert texts(together) == [slowly(answering, dialogue, given) for dialogue in dialogues]
+    assert len(set(texts(together))) > 1
     assert answering.answer(dialogues[::-1], given) == together[::-1]
 
 
@@ -93,7 +102,7 @@ def test_beams_are_transformers_own() -> None:
         said = made[0].tolist()
         theirs.append(answering.renderer.text(said[: said.index(2)] if 2 in said else said))
         assert dialogue
-    assert answering.answer(dialogues, given, beams=3) == theirs
+    assert texts(answering.answer(dialogues, given, beams=3)) == theirs
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -108,7 +117,7 @@ def test_transformers_generate_says_the_same(beams: int) -> None:
     asked = {"input_ids": ids, "pixel_values": given.pixels_NCHW, "attention_mask": torch.ones_like(ids)}
     made = answering.model.generate(**asked, generation_config=settings)[:, ids.shape[1] :].tolist()
     said = [answering.renderer.text(row[: row.index(2)] if 2 in row else row) for row in made]
-    assert said == answering.answer(dialogues, given, beams=beams)
+    assert said == texts(answering.answer(dialogues, given, beams=beams))
     with pytest.raises(
         ConfigError, match=r"^fusion='cross_attention': generate\(\) knows no places of pictures"
     ):
@@ -132,7 +141,7 @@ def test_the_decoder_follows_the_weights() -> None:
         answering.answer([dialogue], given)
         with torch.no_grad():
             write(answering.model.language.model.layers[0].mlp.down_proj.weight)
-        assert answering.answer([dialogue], given)[0] == slowly(answering, dialogue, given)
+        assert answering.answer([dialogue], given)[0].text == slowly(answering, dialogue, given)
 
 
 @MODELS
@@ -240,3 +249,33 @@ def test_an_empty_copy_takes_the_weights(language: str) -> None:
     batch = answering.collate(some_dialogues(), given).inputs
     assert torch.equal(twin.model(**batch).loss, answering.model(**batch).loss)
     assert not any(p.is_meta for p in twin.model.parameters())
+
+
+@MODELS
+def test_every_decoder_reads_embeddings_in_place_of_tokens(language: str) -> None:
+    """The hand-written steps and the module's own forward pass, padded on either side, against the tokens themselves."""
+    model = tiny_mllm(language=language).model.language
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 320, (2, 7), generator=draw)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]])
+    words = model.get_input_embeddings()(ids).detach()
+    rows, nonsense = torch.tensor([0, 1, 1]), torch.full_like(ids, 10_000)
+    for decoder in (make_decoder(model), AnyCausalDecoder(model, "fp32")):
+        with torch.inference_mode():
+            by_ids = decoder.start(ids, mask, rows, 4)
+            by_words = decoder.start(nonsense, mask, rows, 4, words)
+            torch.testing.assert_close(by_words, by_ids, atol=1e-5, rtol=0)
+            after = decoder.step(torch.tensor([5, 6, 7]))
+            decoder.start(ids, mask, rows, 4)
+            torch.testing.assert_close(decoder.step(torch.tensor([5, 6, 7])), after, atol=1e-5, rtol=0)
+    assert torch.equal(words, model.get_input_embeddings()(ids))  # nobody wrote into them
+
+
+def test_an_encoder_decoder_reads_tokens_alone(tmp_path: Path) -> None:
+    model = open_language_model(str(tiny_t5(tmp_path)), "policy.source").model
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    for decoder in (make_decoder(model), AnySeq2SeqDecoder(model, "fp32")):
+        with pytest.raises(
+            ConfigError, match=r"^words_NPD=\(1, 3, 32\): an encoder-decoder reads tokens alone$"
+        ):
+            decoder.start(ids, ids, torch.tensor([0]), 4, torch.zeros(1, 3, 32))

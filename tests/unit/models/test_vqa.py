@@ -312,4 +312,7 @@ def test_it_learns_what_it_is_shown() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
-    assert answering.answer(dialogues(), pictures()) == [d.turns[0].answer for d in dialogues()]
+    said = answering.answer(dialogues(), pictures())
+    assert [one.text for one in said] == [d.turns[0].answer for d in dialogues()]
+    assert [one.tokens for one in said] == [len(d.turns[0].answer.split()) + 1 for d in dialogues()]
+    assert all(one.ended for one in said)
