@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from fmray.config.base import Section
+from fmray.config.dialogues import DialogueSourceConfig, EasyVqaSource
 from fmray.errors import ConfigError
 
 
@@ -52,6 +53,14 @@ class HubPromptSource(Section):
     """Split to evaluate on."""
 
 
+class QuestionPromptSource(Section):
+    """Questions about pictures, one picture each, for a policy that sees: a multimodal LLM."""
+
+    kind: Literal["questions"] = "questions"
+    dialogues: DialogueSourceConfig = EasyVqaSource()
+    """Where they are; `prompts.source.dialogues.kind` selects their type."""
+
+
 def prompt_kind(value: Any) -> str:
     """The `kind` of a source of prompts given as keys or as a section; reviews where it is not said."""
     return str(value.get("kind", "reviews") if isinstance(value, dict) else getattr(value, "kind", ""))
@@ -60,11 +69,12 @@ def prompt_kind(value: Any) -> str:
 PromptSourceConfig = Annotated[
     Annotated[ReviewPromptSource, Tag("reviews")]
     | Annotated[JsonlPromptSource, Tag("jsonl")]
-    | Annotated[HubPromptSource, Tag("hub")],
+    | Annotated[HubPromptSource, Tag("hub")]
+    | Annotated[QuestionPromptSource, Tag("questions")],
     Discriminator(prompt_kind),
 ]
 
-PROMPT_KINDS = ("reviews", "jsonl", "hub")
+PROMPT_KINDS = ("reviews", "jsonl", "hub", "questions")
 
 
 class PromptConfig(Section):
@@ -73,9 +83,10 @@ class PromptConfig(Section):
     source: PromptSourceConfig = ReviewPromptSource()
     """The prompts; `prompts.source.kind` selects their type."""
     template: str = "{}"
-    """Text around each prompt, which goes where {} stands."""
+    """Text around each prompt, which goes where {} stands; questions about pictures wear the model's own template."""
     max_tokens: Annotated[int, Field(ge=1)] = 64
-    """Longer prompts are cut at the end of a line, a sentence or a word; the template's end stays."""
+    """Longer prompts are cut at the end of a line, a sentence or a word; the template's end stays. Questions about pictures have
+    the limit that their model was saved with."""
     max_prompts: Annotated[int, Field(ge=1)] | None = None
     """Take only this many of each split, from its beginning."""
 
@@ -83,4 +94,7 @@ class PromptConfig(Section):
     def _consistent(self) -> Self:
         if self.template.count("{}") != 1:
             raise ConfigError("prompts.template", self.template, "write {} once, where the prompt goes")
+        if isinstance(self.source, QuestionPromptSource) and self.template != "{}":
+            cure = "questions about pictures wear the model's own template: leave it at {}"
+            raise ConfigError("prompts.template", self.template, cure)
         return self

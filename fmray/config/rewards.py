@@ -103,6 +103,18 @@ class RepetitionReward(RewardBase):
     """Where it runs; by default at the learners."""
 
 
+class AnswerReward(RewardBase):
+    """A rule: how right the response is by the prompt's own answers (questions about pictures have them); 0..1."""
+
+    kind: Literal["answer"] = "answer"
+    metric: Literal["exact", "vqa_accuracy", "anls"] = "exact"
+    """`exact`: 1 for one of the answers, but for case. `vqa_accuracy`: the official rule over ten people. `anls`: by edits."""
+    normalize: Literal["none", "running"] = "none"
+    """`running`: minus the mean, over the deviation, of all this run's raw scores so far (saved with checkpoints)."""
+    pool: PoolConfig = PoolConfig(replicas=0)
+    """Where it runs; by default at the learners."""
+
+
 class CallableReward(RewardBase):
     """Your own function: `score(texts: list[str], prompts: list[str]) -> list[float]`."""
 
@@ -138,12 +150,13 @@ RewardConfig = Annotated[
     | Annotated[LikelihoodReward, Tag("likelihood")]
     | Annotated[LengthReward, Tag("length")]
     | Annotated[RepetitionReward, Tag("repetition")]
+    | Annotated[AnswerReward, Tag("answer")]
     | Annotated[CallableReward, Tag("python")]
     | Annotated[HttpReward, Tag("http")],
     Discriminator(reward_kind),
 ]
 
-REWARD_KINDS = ("classifier", "grammar", "likelihood", "length", "repetition", "python", "http")
+REWARD_KINDS = ("classifier", "grammar", "likelihood", "length", "repetition", "answer", "python", "http")
 
 KEPT_BY_EVERY_KIND = ("weight", "normalize", "clip", "text", "failure_budget")
 """Keys that stay when a reward of a recipe is given another kind."""

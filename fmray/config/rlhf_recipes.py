@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from fmray.config.base import RunConfig, RuntimeConfig
 from fmray.config.pools import PoolConfig
-from fmray.config.prompts import PromptConfig, ReviewPromptSource
+from fmray.config.prompts import PromptConfig, QuestionPromptSource, ReviewPromptSource
 from fmray.config.rewards import (
+    AnswerReward,
     ClassifierReward,
     GrammarReward,
     LengthReward,
@@ -29,6 +30,8 @@ from fmray.config.schema import EngineConfig, OptimizerConfig
 
 SENTIMENT_RUN = "runs/reward_sentiment"
 """Where `fmray reward --recipe reward_sentiment` leaves its model."""
+WEAK_RUN = "runs/mllm_weak"
+"""A multimodal LLM of stage 2 whose training was stopped early: it answers, and is often wrong."""
 
 
 def ppo_reviews() -> RlhfConfig:
@@ -114,10 +117,31 @@ def fluent_reviews() -> RlhfConfig:
     )
 
 
+def ppo_easy_vqa() -> RlhfConfig:
+    """A multimodal LLM taught by rewards to answer easy-vqa's questions: 1 for the right word, 0 else; an adapter learns."""
+    t5 = ppo_reviews()
+    return t5.replace(
+        run=RunConfig(name="ppo_easy_vqa"),
+        prompts=PromptConfig(source=QuestionPromptSource()),
+        policy=PolicyConfig(source=WEAK_RUN, lora=LoraConfig()),
+        reference=ReferenceConfig(kind="adapter_off"),
+        rollout=t5.rollout.replace(max_new_tokens=4),
+        rewards={"answer": AnswerReward()},
+        ppo=PpoConfig(
+            mini_batch_size=32,
+            # an answer is a word: two nats are the way from one in seven to certainty
+            kl=KlConfig(coefficient=0.05, controller="adaptive", target=0.5, horizon=300),
+        ),
+        optimizer=t5.optimizer.replace(lr=2e-4),
+        train=IterationConfig(iterations=30, evaluate_prompts=128, evaluate_every=10, checkpoint_every=10),
+    )
+
+
 RLHF_RECIPES: dict[str, Callable[[], RlhfConfig]] = {
     "ppo_reviews": ppo_reviews,
     "ppo_reviews_gpt": ppo_reviews_gpt,
     "ppo_hub_rewards": ppo_hub_rewards,
     "fluent_reviews": fluent_reviews,
     "ppo_demo": ppo_demo,
+    "ppo_easy_vqa": ppo_easy_vqa,
 }

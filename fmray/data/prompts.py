@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Protocol
@@ -17,34 +17,55 @@ from fmray.config.prompts import (
     HubPromptSource,
     JsonlPromptSource,
     PromptConfig,
-    PromptSourceConfig,
+    QuestionPromptSource,
     ReviewPromptSource,
 )
+from fmray.data.dialogues import DialogueSource, open_dialogues
 from fmray.data.loader import epoch_order
 from fmray.data.reviews import Review, folded, load_reviews, text_hash
 from fmray.data.sources import Split, data_folder, some
 from fmray.errors import DataError
+from fmray.types import Dialogue
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`Prompt(index=7, text="The first half of this")`."""
+    """`Prompt(index=7, text="The first half of this")`; a question about a picture is a dialogue too."""
 
     index: int
     """Its position in the split."""
     text: str
     """With the template around it."""
+    dialogue: Dialogue | None = None
+    """The question with its picture's key and the answers that people gave."""
+    source: DialogueSource | None = field(default=None, repr=False, compare=False)
+    """Where its picture is read."""
+
+    @property
+    def picture(self) -> str | None:
+        """The key of its picture."""
+        return self.dialogue.pictures[0] if self.dialogue is not None else None
+
+    @property
+    def answers(self) -> tuple[str, ...] | None:
+        """What may be said to it, as far as that is known: empty where nothing is; None for a prompt that asks nothing."""
+        if self.dialogue is None:
+            return None
+        said = self.dialogue.turns[-1].answer
+        return self.dialogue.answers or ((said,) if said else ())
 
 
 def open_prompts(config: PromptConfig, split: Split) -> tuple[Prompt, ...]:
     """The prompts of one split, at least one. Raises DataError, which names an empty prompt; AssetError."""
+    if isinstance(config.source, QuestionPromptSource):
+        return question_prompts(config.source, split)[: config.max_prompts]
     texts = tuple(_texts(config.source, split))[: config.max_prompts]
     if not texts:
         raise DataError(f"prompts.source: the {split} split of kind={config.source.kind} has no prompts")
     return tuple(Prompt(index, config.template.replace("{}", text)) for index, text in enumerate(texts))
 
 
-def _texts(source: PromptSourceConfig, split: Split) -> Iterable[str]:
+def _texts(source: ReviewPromptSource | JsonlPromptSource | HubPromptSource, split: Split) -> Iterable[str]:
     if isinstance(source, ReviewPromptSource):
         return review_prompts(source, split)
     return (
@@ -133,6 +154,27 @@ def _prompt_text(value: object, where: str) -> str:
     if not value.strip():
         raise DataError(f"{where}: the prompt is empty")
     return value
+
+
+# ------------------------------------------------------------------------------------------ questions about pictures
+
+
+def question_prompts(source: QuestionPromptSource, split: Split) -> tuple[Prompt, ...]:
+    """The questions of one split in the order of their names' hashes, so that its beginning is a sample of it.
+
+    Raises DataError for a question of no picture or of several, by its name.
+    """
+    dialogues = open_dialogues(source.dialogues, split)
+    found = []
+    for dialogue in (dialogues[index] for index in range(len(dialogues))):
+        if len(dialogue.pictures) != 1:
+            cure = "a prompt has one; leave it out"
+            raise DataError(f"dialogue '{dialogue.name}': has {len(dialogue.pictures)} pictures, {cure}")
+        found.append(dialogue)
+    found.sort(key=lambda dialogue: text_hash(dialogue.name))
+    return tuple(
+        Prompt(index, dialogue.question, dialogue, dialogues) for index, dialogue in enumerate(found)
+    )
 
 
 # ------------------------------------------------------------------------------------------ tokens

@@ -1,6 +1,7 @@
-"""Language models that act and judge: any transformers encoder-decoder or causal LM, asked for the states of its answers.
+"""Language models that act and judge: any transformers encoder-decoder or causal LM, or our multimodal LLM, asked for the
+states of its answers.
 
-B rows  P prompt tokens  T response tokens  N real response tokens  D width  V vocabulary
+B rows  P prompt tokens  T response tokens  N real response tokens, or distinct prompts  D width  V vocabulary  C,H,W pixels
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,6 +30,12 @@ from fmray.config.rlhf import LoraConfig
 from fmray.errors import ConfigError, require_package
 from fmray.models.towers import locate_model
 
+if TYPE_CHECKING:
+    from fmray.models.mllm_answering import MllmAnswering
+
+MLLM = "fmray_mllm"
+"""`model_type` of our multimodal LLM."""
+
 
 @dataclass(frozen=True, slots=True)
 class Language:
@@ -36,19 +43,30 @@ class Language:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
+    answering: MllmAnswering | None = None
+    """How a multimodal LLM reads dialogues; None for a model of text alone."""
 
     @property
     def eos_id(self) -> int:
         """The token that ends an answer."""
-        return int(self.tokenizer.eos_token_id)
+        return int(self.tokenizer.eos_token_id) if self.answering is None else self.answering.renderer.end_id
+
+    def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """A folder that `open_language_model` reads; `weights` are whole, and adapters among them are added in."""
+        if self.answering is not None:
+            self.answering.save(weights, folder)
+        else:
+            save_language_model(self.model, merged_weights(self.model, weights), self.tokenizer, folder)
 
 
 def open_language_model(source: str, key: str) -> Language:
-    """An `asset:`, a hub id, a model, checkpoint or run folder; raises ConfigError where it cannot be one.
+    """An `asset:`, a hub id, a model, checkpoint or run folder, a multimodal LLM's too; raises ConfigError where it is none.
 
     The model is checked: its logits must be its output matrix times its last state, which is what `response_logits` relies on.
     """
     location = locate_model(source, key)
+    if _kind(location) == MLLM:
+        return _open_mllm(location, key, source)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
@@ -64,6 +82,45 @@ def open_language_model(source: str, key: str) -> Language:
     without_dropout(model)
     _check_logits(model, key, source)
     return Language(model, tokenizer)
+
+
+def _kind(location: str) -> str | None:
+    """What a local folder's config.json calls its model."""
+    config = Path(location, "config.json")
+    if not config.is_file():
+        return None
+    kind: str | None = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    return kind
+
+
+def _open_mllm(folder: str, key: str, source: str) -> Language:
+    from fmray.models.mllm_answering import load_mllm  # it needs this module's adapters
+
+    answering = load_mllm(folder, torch.device("cpu"))
+    if answering.model.cross_attention is not None:
+        cure = "its pictures do not stand in the sequence (fusion=cross_attention), which PPO needs; take one of fusion=concat"
+        raise ConfigError(key, source, cure)
+    without_dropout(answering.model)
+    _check_logits(answering.model, key, source)
+    return Language(answering.model, answering.tokenizer, answering)
+
+
+def speaker(model: PreTrainedModel) -> PreTrainedModel:
+    """What says the words: of a multimodal LLM its language model, else the model itself."""
+    found: PreTrainedModel = model.language if model.config.model_type == MLLM else model
+    return found
+
+
+def words_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of what says the words, with its `hidden_size` and `vocab_size`."""
+    config: PreTrainedConfig = speaker(model).config
+    return config
+
+
+def lock_eyes(model: PreTrainedModel) -> None:
+    """A multimodal LLM's picture tower does not learn; nothing happens to a model of text."""
+    if model.config.model_type == MLLM:
+        model.vision.requires_grad_(False)
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -84,12 +141,15 @@ def response_states(
     response_ids_BT: Tensor,
     mask_BT: Tensor,
     *,
+    pixels_BCHW: Tensor | None = None,
     shared_prompts: bool = False,
 ) -> Tensor:
     """The last hidden state from which each response token is predicted, [B, T, D].
 
     Row t is the state before token t. Padding is told by the masks alone. With `shared_prompts` an encoder runs once for equal
-    prompts.
+    prompts. pixels_BCHW: uint8, each row's picture, whose placeholders are among its prompt's tokens; the picture tower runs
+    once for equal pictures. Raises ConfigError where a model of text is given pictures, DataError where a multimodal LLM
+    misses them.
     """
     if model.config.is_encoder_decoder:
         start = torch.full_like(response_ids_BT[:, :1], model.config.decoder_start_token_id)
@@ -117,10 +177,30 @@ def response_states(
     ids = torch.cat([prompt_ids_BP, response_ids_BT], dim=1)
     mask = torch.cat([prompt_mask_BP, mask_BT.to(prompt_mask_BP.dtype)], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    body = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    words_BLD = embedded_prompts(model, ids, pixels_BCHW)
+    read = {"input_ids": ids} if words_BLD is None else {"inputs_embeds": words_BLD}
+    body = speaker(model).base_model(**read, attention_mask=mask, position_ids=positions, use_cache=False)
     before = prompt_ids_BP.shape[1] - 1
     states = body.last_hidden_state[:, before:-1]
     return states
+
+
+def embedded_prompts(model: PreTrainedModel, ids_BP: Tensor, pixels_BCHW: Tensor | None) -> Tensor | None:
+    """Embeddings of words with each row's picture put in, [B, P, D]; None for a model of text, which reads the ids.
+
+    Raises ConfigError where that is given pictures, DataError where a multimodal LLM misses them.
+    """
+    if model.config.model_type != MLLM:
+        if pixels_BCHW is not None:
+            cure = "sees no pictures, but the policy does: policy, separate critic and reference are multimodal LLMs alike"
+            raise ConfigError("policy.source", model.config.model_type, cure)
+        return None
+    projected_BPD: Tensor | None = None
+    if pixels_BCHW is not None:
+        pixels_NX, row_B = torch.unique(pixels_BCHW.flatten(1), dim=0, return_inverse=True)
+        projected_BPD = model.projected(pixels_NX.unflatten(1, pixels_BCHW.shape[1:]))[row_B]
+    words_BPD: Tensor = model.prompt_words(ids_BP, projected_BPD)
+    return words_BPD
 
 
 def _embedded(
@@ -152,7 +232,7 @@ def response_logits(model: PreTrainedModel, states_ND: Tensor) -> Tensor:
 
 def _check_logits(model: PreTrainedModel, key: str, source: str) -> None:
     """Refuse architectures that do more to a state than multiply it by the output matrix (soft caps, scales)."""
-    ids = torch.arange(2, 8).view(1, 6) % model.config.vocab_size
+    ids = torch.arange(2, 8).view(1, 6) % words_config(model).vocab_size
     mask = torch.ones_like(ids)
     with torch.inference_mode():
         states = response_states(model, ids[:, :3], mask[:, :3], ids[:, 3:], mask[:, 3:])

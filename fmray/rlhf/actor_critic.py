@@ -6,6 +6,8 @@ are two optimizers that step together; under ZeRO it is one engine instead of tw
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,9 +18,12 @@ from fmray.models.freezing import ParameterGroup
 from fmray.models.language import (
     Language,
     add_adapter,
+    lock_eyes,
     open_language_model,
     response_logits,
     response_states,
+    speaker,
+    words_config,
 )
 from fmray.rlhf.losses import token_entropy, token_logp
 
@@ -51,14 +56,16 @@ class ActorCritic(nn.Module):
         response_ids_BT: Tensor,
         mask_BT: Tensor,
         value_mask_BT: Tensor,
+        pixels_BCHW: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`logp_BT`, with a critic `values_BT`, and `entropy_BT` where it learns or nothing does; float32, 0 outside the masks.
 
         The value at t is of the state before token t; `value_mask_BT` says where it is asked. The output matrix, the largest of
-        a small model, is applied to real tokens alone.
+        a small model, is applied to real tokens alone. pixels_BCHW: uint8, each row's picture.
         """
         asked = (prompt_ids_BP, prompt_mask_BP, response_ids_BT, value_mask_BT)
-        states_BTD = response_states(self.policy, *asked, shared_prompts=self._shared_prompts)
+        seen: dict[str, Any] = {"pixels_BCHW": pixels_BCHW, "shared_prompts": self._shared_prompts}
+        states_BTD = response_states(self.policy, *asked, **seen)
         real_BT, valued_BT = mask_BT.bool(), value_mask_BT.bool()
         logits_1NV = response_logits(self.policy, states_BTD[real_BT]).unsqueeze(0)
         ids_1N = response_ids_BT[real_BT].unsqueeze(0)
@@ -69,7 +76,7 @@ class ActorCritic(nn.Module):
             outputs["entropy_BT"] = _spread(token_entropy(logits_1NV, self.temperature)[0], real_BT)
         if self.value_head is not None:
             if self.critic is not None:
-                states_BTD = response_states(self.critic, *asked, shared_prompts=self._shared_prompts)
+                states_BTD = response_states(self.critic, *asked, **seen)
             with torch.autocast(states_BTD.device.type, enabled=False):
                 values_N = self.value_head(states_BTD[valued_BT].float()).squeeze(-1)
             outputs["values_BT"] = _spread(values_N, valued_BT)
@@ -87,20 +94,22 @@ def build_actor_critic(config: RlhfConfig) -> tuple[ActorCritic, Language]:
     policy = prepare_policy(language.model, config)
     critic, head = None, None
     if config.ppo.advantage == "gae":
-        width = policy.config.hidden_size
+        width = words_config(policy).hidden_size
         if config.critic.kind == "separate":
             source = config.critic.source or config.policy.source
             critic = open_language_model(source, "critic.source").model
-            if critic.config.vocab_size != policy.config.vocab_size:
-                sizes = f"has {critic.config.vocab_size} tokens, the policy {policy.config.vocab_size}"
+            theirs, ours = words_config(critic).vocab_size, words_config(policy).vocab_size
+            if theirs != ours:
+                sizes = f"has {theirs} tokens, the policy {ours}"
                 cure = f"{sizes}: take one of the same tokenizer"
                 raise ConfigError("critic.source", source, cure)
             critic.requires_grad_(True)
+            lock_eyes(critic)
             # it reads states, not words: an output matrix that is not tied to the embeddings would only idle
             output = critic.get_output_embeddings()
             if output.weight is not critic.get_input_embeddings().weight:
                 output.requires_grad_(False)
-            width = critic.config.hidden_size
+            width = words_config(critic).hidden_size
         head = nn.Linear(width, 1)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
@@ -116,10 +125,16 @@ def build_actor_critic(config: RlhfConfig) -> tuple[ActorCritic, Language]:
 
 
 def prepare_policy(policy: PreTrainedModel, config: RlhfConfig) -> PreTrainedModel:
-    """What of the policy learns: the same in the learners and in the rollout pool, whose weights come from there."""
+    """What of the policy learns: the same in the learners and in the rollout pool, whose weights come from there.
+
+    A multimodal LLM's picture tower never does; its projector does, unless the language model has an adapter, which then learns
+    alone: with the adapter off the policy is its own reference.
+    """
+    lock_eyes(policy)
     if config.policy.lora is not None:
         torch.manual_seed(config.run.seed)  # the adapter's start is the same everywhere
-        add_adapter(policy, config.policy.lora, "policy.lora")
+        policy.requires_grad_(False)
+        add_adapter(speaker(policy), config.policy.lora, "policy.lora")
     elif config.policy.freeze_embeddings:
         policy.get_input_embeddings().requires_grad_(False)
         policy.get_output_embeddings().requires_grad_(False)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmray.config.rlhf import RlhfConfig
-from fmray.data.prompts import Prompt, PromptOrder, fit_prompt, open_prompts
+from fmray.data.prompts import Prompt, PromptOrder, open_prompts
 from fmray.models.language import Language
+from fmray.rlhf.prompt_reader import PromptReader, together
 from fmray.rlhf.records import RolloutRequest, Rollouts, Scores, pad_right
 from fmray.rlhf.roles import REFERENCE, ROLLOUT, ReferencePolicy, RolloutPolicy, reward_pool
 from fmray.rlhf.scoring import RewardRole
@@ -53,10 +54,10 @@ class Crew:
 
     config: RlhfConfig
     context: Context
-    language: Language
     prompts: tuple[Prompt, ...]
     test_prompts: tuple[Prompt, ...]
     _order: PromptOrder
+    _reader: PromptReader
     _in_flight: dict[int, list[tuple[int, Answer[Rollouts]]]] = field(default_factory=dict)
 
     @classmethod
@@ -64,7 +65,8 @@ class Crew:
         prompts = open_prompts(config.prompts, "train")
         held_out = config.train.evaluate_prompts
         test = open_prompts(config.prompts, "test")[:held_out] if held_out else ()
-        return cls(config, context, language, prompts, test, PromptOrder(len(prompts), config.run.seed))
+        order, reader = PromptOrder(len(prompts), config.run.seed), PromptReader(config.prompts, language)
+        return cls(config, context, prompts, test, order, reader)
 
     # ------------------------------------------------------------------------------------------------------------- act
 
@@ -89,22 +91,24 @@ class Crew:
     ) -> list[tuple[int, RolloutRequest]]:
         """Requests of so many prompts each, sorted by length; this rank's share of them."""
         each = self.config.rollout.samples_per_prompt
-        ending = self.config.prompts.template.partition("{}")[2]
-        limit = self.config.prompts.max_tokens
-        ids = [tuple(fit_prompt(p.text, self.language.tokenizer, limit, ending)) for p in prompts]
+        ids = [self._reader.ids(prompt) for prompt in prompts]
         by_length = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), i))
         mine = []
         for number, start in enumerate(range(0, len(prompts), per_request)):
             if number % self.context.world_size != self.context.rank:
                 continue
             rows = [(i, n) for i in by_length[start : start + per_request] for n in range(each)]
+            asked = [prompts[i] for i, _ in rows]
             request = RolloutRequest(
                 version=version,
                 seed=seed,
                 sample_ids=tuple(first_id + i * each + n for i, n in rows),
                 prompts=tuple(first_id + i * each for i, _ in rows),
                 prompt_ids=tuple(ids[i] for i, _ in rows),
-                texts=tuple(prompts[i].text for i, _ in rows),
+                texts=tuple(prompt.text for prompt in asked),
+                pixels_BCHW=self._reader.pixels(asked),
+                pictures=together(prompt.picture for prompt in asked),
+                answers=together(prompt.answers for prompt in asked),
             )
             mine.append((number, request))
         return mine
@@ -185,7 +189,7 @@ class Crew:
             for number, answer in parts:
                 rollouts = answer.result()
                 place = {"iteration": iteration, "number": number}
-                texts.append(place | {"prompts": rollouts.prompts, "responses": rollouts.responses})
+                texts.append(place | rollouts.texts())
                 tensors |= {
                     f"{iteration}|{number}|{name}": value.contiguous()
                     for name, value in rollouts.tensors().items()
@@ -203,7 +207,7 @@ class Crew:
             parts = {
                 name.removeprefix(stem): value for name, value in tensors.items() if name.startswith(stem)
             }
-            rollouts = Rollouts(**parts, prompts=tuple(row["prompts"]), responses=tuple(row["responses"]))
+            rollouts = Rollouts.of(parts, row)
             self._in_flight.setdefault(iteration, []).append((number, Ready(rollouts)))
 
 
@@ -217,7 +221,5 @@ def everyones_rollouts(mine: Rollouts, context: Context) -> Rollouts:
     gathered = {
         name: context.gather(value.to(context.device)).cpu() for name, value in padded.tensors().items()
     }
-    told = [json.loads(text) for text in context.gather_texts(json.dumps([mine.prompts, mine.responses]))]
-    prompts = tuple(text for texts, _ in told for text in texts)
-    responses = tuple(text for _, texts in told for text in texts)
-    return replace(padded, **gathered, prompts=prompts, responses=responses)
+    told = [json.loads(texts) for texts in context.gather_texts(json.dumps(mine.texts()))]
+    return Rollouts.of(gathered, {name: [text for texts in told for text in texts[name]] for name in told[0]})

@@ -75,10 +75,8 @@ def distinct(texts: Sequence[str], n: int) -> float:
 def write_texts(judged: Judged, version: int, context: Context) -> None:
     """`held_out/version-00000012.jsonl`: every prompt, answer and raw reward, for the report and for other judges."""
     lines = []
-    for index, (prompt, response) in enumerate(
-        zip(judged.rollouts.prompts, judged.rollouts.responses, strict=True)
-    ):
-        row: dict[str, object] = {"prompt": prompt, "response": response}
+    for index in range(len(judged.rollouts)):
+        row: dict[str, object] = judged.rollouts.told(index)
         row |= {name: raw_B[index].item() for name, raw_B in judged.raw.items()}
         lines.append(json.dumps(row, ensure_ascii=False))
     context.folder.write_text("\n".join(lines) + "\n", "held_out", f"version-{version:08d}.jsonl")

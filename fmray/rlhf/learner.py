@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmray.config.rlhf import RlhfConfig
 from fmray.models.freezing import ParameterGroup
-from fmray.models.language import Language, merged_weights, save_language_model
+from fmray.models.language import Language
 from fmray.rlhf.actor_critic import ActorCritic, build_actor_critic, learning_groups
 from fmray.rlhf.experience import Crew
 from fmray.rlhf.kl import AdaptiveKl, KlController, kl_from_state, kl_state
@@ -85,8 +85,7 @@ class PpoLearner:
         }
 
         def save(folder: Path) -> None:
-            weights = whole if config.policy.lora is None else merged_weights(policy, whole)
-            save_language_model(policy, weights, self.language.tokenizer, folder)
+            self.language.save(whole, folder)
             if config.policy.lora is not None:
                 save_adapter(whole, config, folder / "adapter")
 

@@ -160,6 +160,8 @@ def inputs_of(
         "mask_BT": mask_BT[rows, :response],
         "value_mask_BT": value_mask_BT[rows, :response],
     }
+    if rollouts.pixels_BCHW is not None:
+        tensors["pixels_BCHW"] = rollouts.pixels_BCHW[rows]
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 

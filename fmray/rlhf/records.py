@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -30,6 +30,10 @@ class RolloutRequest:
     """The prompts as text, for the rewards and for people."""
     pixels_BCHW: Tensor | None = None
     """uint8 [B, 3, H, W] for a vision-language policy."""
+    pictures: tuple[str, ...] | None = None
+    """The keys of these pictures."""
+    answers: tuple[tuple[str, ...], ...] | None = None
+    """What may be said, per sample; None where prompts are no questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,10 @@ class Rollouts:
     """The answers as text, special tokens left out."""
     pixels_BCHW: Tensor | None = None
     """uint8 [B, 3, H, W] for a vision-language policy."""
+    pictures: tuple[str, ...] | None = None
+    """The keys of these pictures."""
+    answers: tuple[tuple[str, ...], ...] | None = None
+    """What may be said to each prompt; None where prompts are no questions."""
 
     def __len__(self) -> int:
         return self.sample_id_B.shape[0]
@@ -85,6 +93,34 @@ class Rollouts:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
+
+    def texts(self) -> dict[str, tuple[Any, ...]]:
+        """The fields that are texts, by name."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), tuple)
+        }
+
+    def told(self, row: int) -> dict[str, Any]:
+        """A sample for people: prompt, response and, for a question about a picture, the picture's key and the answers."""
+        told: dict[str, Any] = {"prompt": self.prompts[row], "response": self.responses[row]}
+        if self.pictures is not None:
+            told["picture"] = self.pictures[row]
+        if self.answers is not None:
+            told["answers"] = list(self.answers[row])
+        return told
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], texts: Mapping[str, Any]) -> Self:
+        """From what `tensors` and `texts` gave, JSON between them or not (which makes lists of tuples)."""
+        told: dict[str, Any] = dict(tensors)
+        told |= {
+            field.name: tuple(tuple(said) if isinstance(said, list) else said for said in texts[field.name])
+            for field in fields(cls)
+            if texts.get(field.name) is not None
+        }
+        return cls(**told)
 
     def on(self, device: torch.device) -> Self:
         """The tensors on a device."""

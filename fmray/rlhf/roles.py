@@ -5,14 +5,14 @@ A role holds no random state: its answer is a function of the weights that the r
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from fmray.config.rlhf import RlhfConfig
 from fmray.models.decoding.generate import Sampling, generate, make_decoder
-from fmray.models.language import open_language_model, response_logits, response_states
+from fmray.models.language import embedded_prompts, open_language_model, response_logits, response_states
 from fmray.rlhf.actor_critic import prepare_policy
 from fmray.rlhf.losses import token_logp
 from fmray.rlhf.records import RolloutRequest, Rollouts
@@ -74,9 +74,11 @@ class RolloutPolicy:
         if self._version != request.version:
             self.load(request.version)
         first_of = {prompt: row for row, prompt in reversed(list(enumerate(request.prompts)))}
+        first_N = list(first_of.values())
         number_of = {prompt: number for number, prompt in enumerate(first_of)}
         prompt_of_B = torch.tensor([number_of[prompt] for prompt in request.prompts])
-        ids_NP, mask_NP = left_padded([request.prompt_ids[row] for row in first_of.values()])
+        ids_NP, mask_NP = left_padded([request.prompt_ids[row] for row in first_N])
+        pixels_NCHW = None if request.pixels_BCHW is None else request.pixels_BCHW[first_N]
         sample_ids_B = torch.tensor(request.sample_ids)
         rollout = self._rollout
         pad = self._tokenizer.pad_token_id
@@ -95,6 +97,7 @@ class RolloutPolicy:
             sample_ids_B.to(device),
             prompt_of_B.to(device),
             sampling,
+            self._words(ids_NP, pixels_NCHW),
         )
         ids_BT, mask_BT = made.ids_BT.cpu(), made.mask_BT.cpu()
         texts = self._tokenizer.batch_decode(
@@ -114,7 +117,17 @@ class RolloutPolicy:
             prompts=request.texts,
             responses=tuple(texts),
             pixels_BCHW=request.pixels_BCHW,
+            pictures=request.pictures,
+            answers=request.answers,
         )
+
+    def _words(self, ids_NP: Tensor, pixels_NCHW: Tensor | None) -> Tensor | None:
+        """The prompts' embeddings with their pictures among them; None where they are ids alone."""
+        if pixels_NCHW is None:
+            return None
+        device = self._device
+        with torch.inference_mode(), arithmetic(device, self._rollout.precision):
+            return embedded_prompts(self._model, ids_NP.to(device), pixels_NCHW.to(device))
 
 
 class ReferencePolicy:
@@ -131,14 +144,14 @@ class ReferencePolicy:
     def logp(self, rollouts: Rollouts) -> Tensor:
         """Its log-probabilities of the answers' tokens, float32 [B, T], 0 at padding."""
         batch, real_BT = rollouts.on(self._device), rollouts.mask_BT.bool()
-        bf16 = torch.autocast(self._device.type, torch.bfloat16)
-        with torch.inference_mode(), bf16 if self._precision == "bf16" else nullcontext():
+        with torch.inference_mode(), arithmetic(self._device, self._precision):
             states_BTD = response_states(
                 self._model,
                 batch.prompt_ids_BP,
                 batch.prompt_mask_BP,
                 batch.response_ids_BT,
                 batch.mask_BT,
+                pixels_BCHW=batch.pixels_BCHW,
                 shared_prompts=self._shared_prompts,
             )
             states_ND = states_BTD[batch.mask_BT.bool()]
@@ -146,6 +159,11 @@ class ReferencePolicy:
             ids_1N = batch.response_ids_BT[batch.mask_BT.bool()].unsqueeze(0)
             logp_N = token_logp(logits_1NV, ids_1N, self._temperature)[0]
         return torch.zeros(real_BT.shape).masked_scatter(real_BT, logp_N.cpu())
+
+
+def arithmetic(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Inside, matrices are multiplied in this precision ("fp32" or "bf16")."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def left_padded(rows: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fmray.config.rewards import (
+    AnswerReward,
     CallableReward,
     ClassifierReward,
     GrammarReward,
@@ -15,7 +16,7 @@ from fmray.config.rewards import (
 from fmray.rlhf.scorers_model import ClassifierScorer, GrammarScorer, LikelihoodScorer
 from fmray.rlhf.scorers_others import CallableScorer
 from fmray.rlhf.scorers_remote import HttpScorer
-from fmray.rlhf.scorers_rules import LengthScorer, RepetitionScorer
+from fmray.rlhf.scorers_rules import AnswerScorer, LengthScorer, RepetitionScorer
 from fmray.rlhf.scoring import RewardRole
 from fmray.runtime.pool import Place
 
@@ -33,6 +34,8 @@ def build_scorer(config: RewardConfig, place: Place) -> RewardRole:
             return LengthScorer(config)
         case RepetitionReward():
             return RepetitionScorer(config)
+        case AnswerReward():
+            return AnswerScorer(config)
         case CallableReward():
             return CallableScorer(config)
         case HttpReward():

@@ -35,14 +35,14 @@ class Stopwatch:
 
 
 def sample_rows(judged: Judged, judgement: Judgement, count: int) -> list[dict[str, Any]]:
-    """The first samples as a table: prompt, response, every raw reward, the combined score."""
+    """The first samples as a table: prompt, response, picture and answers of a question, every raw reward, the combined score."""
     rows: list[dict[str, Any]] = []
     for index in range(min(count, len(judged.rollouts))):
-        row: dict[str, Any] = {
-            "prompt": judged.rollouts.prompts[index],
-            "response": judged.rollouts.responses[index],
-            "score": round(judgement.scores_B[index].item(), 3),
+        row = {
+            name: ", ".join(dict.fromkeys(value)) if isinstance(value, list) else value
+            for name, value in judged.rollouts.told(index).items()
         }
+        row["score"] = round(judgement.scores_B[index].item(), 3)
         row |= {name: round(raw_B[index].item(), 3) for name, raw_B in judged.raw.items()}
         rows.append(row)
     return rows
