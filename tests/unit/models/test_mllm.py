@@ -81,9 +81,12 @@ def test_another_branch_or_group_changes_nothing(language: str, fusion: str) -> 
 
 @MODELS
 @FUSIONS
-def test_loss_is_the_mean_over_labels_shifted_once(language: str, fusion: str) -> None:
-    answering = tiny_mllm(language=language, fusion=fusion)
-    dialogues, given = some_dialogues(), pictures(2)
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_loss_is_the_mean_over_labels_shifted_once(language: str, fusion: str, template: str) -> None:
+    answering, given = tiny_mllm(language=language, fusion=fusion, template=template), pictures(2)
+    # captions: several answers begin right behind the picture that they share
+    captions = [Dialogue(a, ("0.png",), (Turn(("", ""), a),)) for a in ("red", "a blue circle", "two")]
+    dialogues = [*captions, *some_dialogues()]
     batch = answering.collate(dialogues, given)
     output = answering.model(**batch.inputs, loss_only=True)
     assert output.logits is None

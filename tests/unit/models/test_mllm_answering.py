@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 @torch.no_grad()
-def slowly(answering: MllmAnswering, dialogue: Dialogue, given: Pictures) -> str:
+def said_slowly(answering: MllmAnswering, dialogue: Dialogue, given: Pictures) -> list[int]:
     """Greedy by whole forward passes, without any cache: the prompt of a training rendering grows by its likeliest token."""
     model, said = answering.model, []
     spans = answering.renderer.spans(dialogue, answer=False)
@@ -54,7 +54,11 @@ def slowly(answering: MllmAnswering, dialogue: Dialogue, given: Pictures) -> str
         if token == answering.renderer.end_id:
             break
         said.append(token)
-    return answering.renderer.text(said)
+    return said
+
+
+def slowly(answering: MllmAnswering, dialogue: Dialogue, given: Pictures) -> str:
+    return answering.renderer.text(said_slowly(answering, dialogue, given))
 
 
 def texts(answers: Sequence[Said]) -> list[str]:
@@ -74,6 +78,20 @@ def test_answers_are_those_of_whole_passes_alone_and_together(language: str, fus
     assert texts(together) == [slowly(answering, dialogue, given) for dialogue in dialogues]
     assert len(set(texts(together))) > 1
     assert answering.answer(dialogues[::-1], given) == together[::-1]
+
+
+@MODELS
+@FUSIONS
+def test_answers_that_end_early_leave_the_others_alone(language: str, fusion: str) -> None:
+    """Finished rows leave the batch: caches and pictures of the others must stay with them."""
+    answering, given = tiny_mllm(language=language, fusion=fusion, seed=3), pictures(2)
+    dialogues = [*some_dialogues(), PAIR]
+    endless = [said_slowly(answering, dialogue, given) for dialogue in dialogues]
+    for end in sorted({ids[1] for ids in endless})[:3]:
+        answering.renderer.end_id = end
+        short = [ids[: ids.index(end)] if end in ids else ids for ids in endless]
+        assert len({len(ids) for ids in short}) > 1
+        assert texts(answering.answer(dialogues, given)) == [answering.renderer.text(ids) for ids in short]
 
 
 @MODELS
