@@ -40,7 +40,7 @@ from fmray.config.schema import (
     TrainConfig,
 )
 from fmray.data.sources import open_source
-from fmray.models.clip import IMAGE_STATISTICS
+from fmray.models.preparation import IMAGE_STATISTICS
 from fmray.models.saved import from_transformers, save_preparation
 from fmray.types import ImageText
 

@@ -47,9 +47,15 @@ def vqa_easy() -> AnswersConfig:
             text=TowerConfig(source="asset:grammar_tagger"),
             decoder=LanguageModelConfig(
                 source="arch:gpt2",
-                tokenizer="asset:gpt2_tokenizer",
+                tokenizer="answers",
                 pretrained=False,
-                overrides={"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 32},
+                overrides={
+                    "n_embd": 128,
+                    "n_layer": 2,
+                    "n_head": 4,
+                    "n_positions": 32,
+                    "initializer_range": 0.08,
+                },
             ),
             freeze="text",
             image=ImageConfig(size=64, normalize="half"),

@@ -39,7 +39,7 @@ class LanguageModelConfig(Section):
     source: str
     """`asset:smollm2_135m`, a hub id, a local folder, or `arch:gpt2` with `pretrained=false`."""
     tokenizer: str | None = None
-    """Where the tokenizer is; None: with the model (an `arch:` has none)."""
+    """Where the tokenizer is; None: with the model (an `arch:` has none). `answers`: a small one is learned from the training answers."""
     pretrained: bool = True
     """Load the weights; False keeps the architecture alone."""
     overrides: dict[str, Any] = Field(default_factory=dict)

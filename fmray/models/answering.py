@@ -104,7 +104,7 @@ class Answering(Protocol):
         ...
 
     def prompt_tokens(self, dialogue: Dialogue) -> int:
-        """Tokens before the last answer with nothing cut or left out; raises DataError where the model cannot read it at all."""
+        """Tokens before the last answer with nothing cut or left out, in any thread; raises DataError where none can be."""
         ...
 
     def answer_room(self, prompt_tokens: int) -> int:

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from fmray.config.schema import DataConfig, ImageConfig, ModelConfig, ObjectiveConfig
 from fmray.errors import ConfigError
+from fmray.models.preparation import normalized_pixels
 from fmray.models.towers import (
     Pooling,
     default_pooling,
@@ -27,6 +28,7 @@ from fmray.models.towers import (
     new_tower,
     pool,
     pretrained_tower,
+    sub_config,
     tower_config,
     tower_width,
 )
@@ -36,21 +38,6 @@ MAX_LOG_SCALE = math.log(100.0)
 
 Projection = Literal["linear", "affine", "identity", "from_identity"]
 """From a tower's width to the shared space: a matrix, a matrix and a bias, nothing, or a matrix that starts as nothing."""
-
-IMAGE_STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
-"""Mean and deviation per channel, for pixels in 0..1."""
-
-
-def image_statistics(image: ImageConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of a preparation."""
-    if image.mean is not None and image.std is not None:
-        return image.mean, image.std
-    return IMAGE_STATISTICS[image.normalize]
 
 
 class DualEncoderConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is untyped here
@@ -78,8 +65,8 @@ class DualEncoderConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers
         pad_to_max: bool = False,
         **rest: Any,
     ) -> None:
-        self.vision_config = _sub_config(vision_config, "vit")
-        self.text_config = _sub_config(text_config, "bert")
+        self.vision_config = sub_config(vision_config, "vit")
+        self.text_config = sub_config(text_config, "bert")
         self.image = image or ImageConfig().model_dump(mode="json")
         self.embed_dim = embed_dim
         self.vision_pooling, self.text_pooling = vision_pooling, text_pooling
@@ -92,13 +79,6 @@ class DualEncoderConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers
         self.max_tokens = max_tokens
         self.pad_to_max = pad_to_max
         super().__init__(**rest)
-
-
-def _sub_config(value: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:
-    if isinstance(value, PreTrainedConfig):
-        return value
-    keys = dict(value or {"model_type": default})
-    return AutoConfig.for_model(keys.pop("model_type"), **keys)
 
 
 @dataclass
@@ -188,7 +168,8 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
 
     def image_features(self, pixels_BCHW: Tensor) -> Tensor:
         """The vision tower's pooled output, [B, F], before the projection."""
-        return pool(self.vision(pixel_values=self._normalize(pixels_BCHW)), self.config.vision_pooling)
+        pixels_BCHW = normalized_pixels(pixels_BCHW, self.image).contiguous(memory_format=self._memory_format)
+        return pool(self.vision(pixel_values=pixels_BCHW), self.config.vision_pooling)
 
     def encode_text(self, token_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Token ids and mask, int64 [B, T], to unit vectors, float32 [B, D]."""
@@ -212,13 +193,6 @@ class DualEncoder(PreTrainedModel):  # type: ignore[misc]
         return DualEncoderOutput(
             image_embeds=image_BD, text_embeds=text_BD, logit_scale=scale, logit_bias=bias
         )
-
-    def _normalize(self, pixels_BCHW: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(v, device=pixels_BCHW.device).view(3, 1, 1) for v in image_statistics(self.image)
-        )
-        unit = pixels_BCHW.float() / 255 if pixels_BCHW.dtype == torch.uint8 else pixels_BCHW
-        return ((unit - mean) / std).contiguous(memory_format=self._memory_format)
 
 
 def _projection(kind: str, tower: PreTrainedConfig, embed_dim: int, side: str) -> nn.Module:

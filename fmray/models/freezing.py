@@ -40,7 +40,9 @@ def parameter_groups(
         _check_part(model, part, config)
     locked = {part: _locked_parameters(model, part, config) for part, config in parts.items()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in locked.get(_part_of(name), ()))
+        # what is locked already stays so: beside an adapter the model's own weights are
+        learns_still = parameter.requires_grad and name not in locked.get(_part_of(name), ())
+        parameter.requires_grad_(learns_still)
 
     def learns(name: str) -> tuple[str, float, float]:
         config = parts.get(_part_of(name), PartConfig())

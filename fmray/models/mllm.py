@@ -6,7 +6,6 @@ F width of the tower  D width of the words
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -24,11 +23,18 @@ from transformers import (
 from fmray.config.schema import ImageConfig
 from fmray.errors import ConfigError, DataError
 from fmray.models.answering import AnswerOutput
-from fmray.models.clip import image_statistics
 from fmray.models.gated_attention import GatedLayers, Memory
 from fmray.models.packing import IGNORE, visible
+from fmray.models.preparation import normalized_pixels
 from fmray.models.projectors import ProjectorKind, make_projector, projected_tokens
-from fmray.models.towers import fold_batch_norm, hold_batch_norm, is_convolutional, new_tower, tower_width
+from fmray.models.towers import (
+    fold_batch_norm,
+    hold_batch_norm,
+    is_convolutional,
+    new_tower,
+    sub_config,
+    tower_width,
+)
 
 
 class MllmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is untyped here
@@ -58,8 +64,8 @@ class MllmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is unt
         row_tokens: int | None = None,
         **rest: Any,
     ) -> None:
-        self.vision_config = _sub_config(vision_config, "vit")
-        self.text_config = _sub_config(text_config, "gpt2")
+        self.vision_config = sub_config(vision_config, "vit")
+        self.text_config = sub_config(text_config, "gpt2")
         self.image = image or ImageConfig().model_dump(mode="json")
         self.vision_layer = vision_layer
         self.grid = list(grid)
@@ -78,14 +84,6 @@ class MllmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is unt
     def picture_tokens(self) -> int:
         """P: the language model's tokens of one picture."""
         return projected_tokens(self.projector, (self.grid[0], self.grid[1]), self.shuffle)
-
-
-def _sub_config(value: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:
-    if isinstance(value, PreTrainedConfig):
-        # a copy: this configuration writes into its parts, and would take the attention kernel from a model that has them
-        return copy.deepcopy(value)
-    keys = dict(value or {"model_type": default})
-    return AutoConfig.for_model(keys.pop("model_type"), **keys)
 
 
 class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -174,9 +172,8 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
     def picture_features(self, pixels_NCHW: Tensor) -> Tensor:
         """The tower's tokens, [N, h·w, F]: of a layer's patches without class token, or of a feature map; uint8 pixels in."""
         deep = self.config.vision_layer != -1
-        outputs = self.vision(
-            pixel_values=self._normalize(pixels_NCHW), **({"output_hidden_states": True} if deep else {})
-        )
+        prepared = normalized_pixels(pixels_NCHW, self.image).contiguous(memory_format=self._memory_format)
+        outputs = self.vision(pixel_values=prepared, **({"output_hidden_states": True} if deep else {}))
         tokens = outputs.hidden_states[self.config.vision_layer] if deep else outputs.last_hidden_state
         if tokens.dim() == 4:
             tokens = tokens.flatten(2).transpose(1, 2)
@@ -207,13 +204,6 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
     def projector_dtype(self) -> torch.dtype:
         """float32, unless somebody converted the model."""
         return next(self.projector.parameters()).dtype
-
-    def _normalize(self, pixels_NCHW: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(v, device=pixels_NCHW.device).view(3, 1, 1) for v in image_statistics(self.image)
-        )
-        unit = pixels_NCHW.float() / 255 if pixels_NCHW.dtype == torch.uint8 else pixels_NCHW
-        return ((unit - mean) / std).contiguous(memory_format=self._memory_format)
 
     # ------------------------------------------------------------------------------------------------------- words and pictures
 

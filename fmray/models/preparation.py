@@ -9,7 +9,21 @@ import torch
 from torch import Tensor
 
 from fmray.config.schema import ImageConfig
-from fmray.models.clip import image_statistics
+
+IMAGE_STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Mean and deviation per channel, for pixels in 0..1."""
+
+
+def image_statistics(image: ImageConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of a preparation."""
+    if image.mean is not None and image.std is not None:
+        return image.mean, image.std
+    return IMAGE_STATISTICS[image.normalize]
 
 
 def normalized_pixels(pixels_BCHW: Tensor, image: ImageConfig) -> Tensor:

@@ -5,6 +5,7 @@ B rows  T tokens or patches  C,H,W pixels  F width of the tower
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any, Literal
@@ -118,6 +119,14 @@ def _read_config(location: str, key: str) -> PreTrainedConfig:
         raise ConfigError(
             key, location, f"cannot be loaded: {reason} (no network? use an asset: or a folder)"
         ) from None
+
+
+def sub_config(value: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:
+    """A tower's configuration inside a whole model's, from keys or as a copy: models write into their configurations."""
+    if isinstance(value, PreTrainedConfig):
+        return copy.deepcopy(value)
+    keys = dict(value or {"model_type": default})
+    return AutoConfig.for_model(keys.pop("model_type"), **keys)
 
 
 def tower_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from fmray.config.schema import ImageConfig
 from fmray.models.answering import AnswerOutput
 from fmray.models.preparation import normalized_pixels
-from fmray.models.towers import hold_batch_norm, is_convolutional, new_tower, tower_width
+from fmray.models.towers import hold_batch_norm, is_convolutional, new_tower, sub_config, tower_width
 
 Fusion = Literal["concat", "mean"]
 
@@ -48,9 +48,9 @@ class VqaConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is unty
         max_answer_tokens: int = 8,
         **rest: Any,
     ) -> None:
-        self.vision_config = _sub_config(vision_config, "vit")
-        self.text_config = _sub_config(text_config, "distilbert")
-        self.decoder_config = _sub_config(decoder_config, "gpt2")
+        self.vision_config = sub_config(vision_config, "vit")
+        self.text_config = sub_config(text_config, "distilbert")
+        self.decoder_config = sub_config(decoder_config, "gpt2")
         self.decoder_config.add_cross_attention = True
         self.decoder_config.is_decoder = True
         self.fusion = fusion
@@ -75,13 +75,6 @@ class VqaConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is unty
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The decoder's: what transformers sizes the cache by. It would take the question tower's, by its name."""
         return self.text_config if encoder and not decoder else self.decoder_config
-
-
-def _sub_config(value: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:
-    if isinstance(value, PreTrainedConfig):
-        return value
-    keys = dict(value or {"model_type": default})
-    return AutoConfig.for_model(keys.pop("model_type"), **keys)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -27,6 +28,8 @@ from fmray.types import Dialogue, Pictures
 
 MOST_QUESTIONS = 262_144
 """Distinct questions whose token ids are kept: more than VQA v2's training split has."""
+LONGEST_KEPT = 256
+"""Questions of more characters are not kept: a server's callers choose them, and memory is bounded."""
 
 
 class VqaAnswering:
@@ -41,6 +44,10 @@ class VqaAnswering:
         self.model = model
         self.question_tokenizer = question_tokenizer
         self.answer_tokenizer = answer_tokenizer
+        # a copy: cutting is a state of the tokenizer, and serving counts in other threads than the one that answers
+        self._uncut = Tokenizer.from_str(question_tokenizer.backend_tokenizer.to_str())
+        self._uncut.no_truncation()
+        self._uncut.no_padding()
         self.remember_questions = False
         """A locked question tower's outputs are kept, one per distinct question, on the CPU in fp32."""
         self.question_memory_mib = 256.0
@@ -114,10 +121,12 @@ class VqaAnswering:
         if found is None:
             longest = self.model.config.max_question_tokens
             encoded = self.question_tokenizer(question, truncation=True, max_length=longest)["input_ids"]
-            if len(self._question_ids) >= MOST_QUESTIONS:  # a server's callers choose them
-                self._question_ids.clear()
             # a tokenizer that adds nothing makes nothing of an empty question, and a tower needs a token
-            found = self._question_ids[question] = list(encoded) or [self._question_pad]
+            found = list(encoded) or [self._question_pad]
+            if len(question) <= LONGEST_KEPT:
+                if len(self._question_ids) >= MOST_QUESTIONS:
+                    self._question_ids.clear()
+                self._question_ids[question] = found
         return found
 
     def _states_of(self, questions: Sequence[str]) -> Tensor:
@@ -161,7 +170,7 @@ class VqaAnswering:
 
     def prompt_tokens(self, dialogue: Dialogue) -> int:
         """Tokens of the whole question, also of one that will be cut."""
-        return len(self.question_tokenizer(dialogue.question, truncation=False, verbose=False)["input_ids"])
+        return len(self._uncut.encode(dialogue.question).ids)
 
     def answer_room(self, prompt_tokens: int) -> int:
         """The decoder's positions: the question stands in none of them, and the answer's last token is not read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedConfig, PreTr
 from fmray.config.answers import LanguageModelConfig, VqaModelConfig
 from fmray.config.schema import TowerConfig
 from fmray.errors import CheckpointError, ConfigError
+from fmray.models.answer_tokenizer import FROM_ANSWERS, learn_tokenizer
 from fmray.models.freezing import CROSS_ATTENTION
 from fmray.models.towers import (
     DROPOUT_KEYS,
@@ -29,9 +31,10 @@ VqaParts = tuple[VqaModel, PreTrainedTokenizerFast, PreTrainedTokenizerFast]
 """The model, the question's tokenizer, the answer's."""
 
 
-def build_parts(config: VqaModelConfig) -> VqaParts:
+def build_parts(config: VqaModelConfig, answers: Iterable[str]) -> VqaParts:
     """The model that a configuration asks for, in fp32 on the CPU; raises ConfigError with the key.
 
+    answers: what a tokenizer is learned from, where the configuration wants that.
     With `checkpoint` its own picture preparation and lengths hold, as they are saved with it.
     """
     if config.checkpoint is not None:
@@ -45,7 +48,7 @@ def build_parts(config: VqaModelConfig) -> VqaParts:
     question_tokenizer = load_tokenizer(config.text, "model.text")
     _check_vocabulary("model.text.source", config.text.source, question_tokenizer, text_config)
     _check_length("model.max_question_tokens", config.max_question_tokens, text_config)
-    decoder_config, answer_tokenizer = _speaker(config)
+    decoder_config, answer_tokenizer = _speaker(config, answers)
     whole = VqaConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -65,7 +68,9 @@ def build_parts(config: VqaModelConfig) -> VqaParts:
     return model, question_tokenizer, answer_tokenizer
 
 
-def _speaker(config: VqaModelConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerFast]:
+def _speaker(
+    config: VqaModelConfig, answers: Iterable[str]
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerFast]:
     """The decoder's configuration and its tokenizer, made to fit each other."""
     wanted = config.decoder
     as_tower = TowerConfig(source=wanted.source, pretrained=wanted.pretrained, overrides=wanted.overrides)
@@ -74,9 +79,15 @@ def _speaker(config: VqaModelConfig) -> tuple[PreTrainedConfig, PreTrainedTokeni
         cure = f"is a {decoder_config.model_type} model: the VQA model's decoder is GPT-2, which takes cross-attention"
         raise ConfigError("model.decoder.source", wanted.source, cure)
     if wanted.tokenizer is None and wanted.source.startswith("arch:"):
-        cure = f"{wanted.source} has no tokenizer: name one, as asset:gpt2_tokenizer"
+        cure = f"{wanted.source} has no tokenizer: name one, as asset:gpt2_tokenizer, or answers to learn one"
         raise ConfigError("model.decoder.tokenizer", None, cure)
-    tokenizer = load_tokenizer(TowerConfig(source=wanted.tokenizer or wanted.source), "model.decoder")
+    if wanted.tokenizer == FROM_ANSWERS:
+        if wanted.pretrained:
+            cure = "a pretrained decoder speaks its own tokens: leave it out, or set pretrained=false"
+            raise ConfigError("model.decoder.tokenizer", FROM_ANSWERS, cure)
+        tokenizer = learn_tokenizer(answers)
+    else:
+        tokenizer = load_tokenizer(TowerConfig(source=wanted.tokenizer or wanted.source), "model.decoder")
     if tokenizer.eos_token_id is None:
         cure = "has no end-of-text token, so an answer never ends"
         raise ConfigError("model.decoder.tokenizer", wanted.tokenizer or wanted.source, cure)

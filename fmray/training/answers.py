@@ -112,7 +112,8 @@ class AnswerLearner:
 def make_learner(config: AnswersConfig, source: DialogueSource, context: Context) -> AnswerLearner:
     """Model, engine and average, fresh: every rank makes the same from the seed."""
     torch.manual_seed(config.run.seed)
-    answering = build_answering(config.model)
+    said = (turn.answer for index in range(len(source)) for turn in source[index].turns)
+    answering = build_answering(config.model, said)
     if config.engine.activation_checkpointing:
         answering.model.activation_checkpointing_enable()
     parts, optimizer, engine = config.learning, config.optimizer, config.engine

@@ -11,8 +11,9 @@ from transformers import AutoModel, CLIPConfig, CLIPModel, ResNetConfig, SiglipC
 
 from fmray.config.schema import DataConfig, ImageConfig, ModelConfig, ObjectiveConfig, PartConfig, TowerConfig
 from fmray.errors import CheckpointError, ConfigError
-from fmray.models.clip import DualEncoder, build_dual_encoder, image_statistics
+from fmray.models.clip import DualEncoder, build_dual_encoder
 from fmray.models.freezing import parameter_groups
+from fmray.models.preparation import image_statistics, normalized_pixels
 from fmray.models.saved import from_transformers, load_dual_encoder, save_preparation, to_transformers
 from fmray.models.towers import pool, tower_width
 from tests.tiny import tiny_batch, tiny_config, tiny_model
@@ -54,8 +55,8 @@ def test_image_statistics() -> None:
     own = ImageConfig(normalize="custom", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
     assert image_statistics(own) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
     model = tiny_model()
-    black = model._normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
-    white = model._normalize(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    black = normalized_pixels(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), model.image)
+    white = normalized_pixels(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), model.image)
     assert black.unique().tolist() == [-1.0]
     assert white.unique().tolist() == [1.0]
 

@@ -19,6 +19,7 @@ from transformers import (
 from fmray.errors import CheckpointError
 from fmray.models.mllm import Mllm
 from fmray.models.mllm_llava import from_llava, to_llava
+from fmray.models.preparation import normalized_pixels
 from tests.tiny_mllm import tiny_mllm
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -74,7 +75,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def of_llava(whole: LlavaForConditionalGeneration, like: Mllm, picture: int = PICTURE) -> Tensor:
     ids, mask, pixels = inputs()
     ids = torch.where(ids == PICTURE, picture, ids)
-    normal = like._normalize(pixels)
+    normal = normalized_pixels(pixels, like.image)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits: Tensor = whole(
         input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=normal
@@ -125,7 +126,7 @@ def test_loss_and_gradients_are_llavas() -> None:
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        pixel_values=ours._normalize(pixels),
+        pixel_values=normalized_pixels(pixels, ours.image),
         labels=labels,
     ).loss
     mine = ours(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels).loss
