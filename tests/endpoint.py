@@ -21,6 +21,7 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from fmray.models.answering import Answering
 from fmray.models.saved import save_dual_encoder
 from fmray.runtime.ports import free_port
 from tests.tiny import tiny_model
@@ -49,6 +50,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def save_tiny_checkpoint(folder: Path, **options: object) -> str:
     model = tiny_model(**options).eval()
     save_dual_encoder(model, tiny_tokenizer(), folder)
+    return str(folder)
+
+
+def save_answering(answering: Answering, folder: Path) -> str:
+    """A VQA model or multimodal LLM as training saves it."""
+    answering.save(answering.model.state_dict(), folder)
     return str(folder)
 
 

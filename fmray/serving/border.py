@@ -82,10 +82,19 @@ def _from_validation(error: RequestValidationError) -> RequestError:
     )  # after "body": the field, then positions, between them names of union members
     if not where:
         return RequestError(400, "invalid_json", "the body must be a JSON object")
-    position = next((f"[{part}]" for part in where[1:] if isinstance(part, int)), "")
-    param = f"{where[0]}{position}"
+    if where[0] == "messages":
+        param = _path(where)
+    else:
+        position = next((f"[{part}]" for part in where[1:] if isinstance(part, int)), "")
+        param = f"{where[0]}{position}"
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return RequestError(400, code, f"{param}: {first['msg']}", param)
+
+
+def _path(where: list[str | int]) -> str:
+    """`messages[2].content[1]`: the message, its field, the part; what pydantic has found inside a part is not told."""
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in where[1:4]]
+    return f"{where[0]}{''.join(steps)}"
 
 
 # ----------------------------------------------------------------------------------------- around every route

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import fsspec
 import torch
 
 from fmray.config.schema import ServeConfig
-from fmray.errors import require_package
+from fmray.errors import CheckpointError, require_package
 from fmray.manifest import find_model_folder
 from fmray.runtime.context import choose_device, stop_on_sigterm
 from fmray.runtime.ports import bind
@@ -17,10 +22,21 @@ from fmray.runtime.ports import bind
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from fmray.serving.engines import Kind
+
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 30
 """What requests in flight are given when the endpoint is told to stop."""
+
+MODEL_TYPES: dict[str, Kind] = {
+    "fmray_dual_encoder": "clip",
+    "clip": "clip",
+    "siglip": "clip",
+    "fmray_vqa": "vqa",
+    "fmray_mllm": "mllm",
+}
+"""What a model's config.json calls itself, and the kind of endpoint that it gets."""
 
 
 def serve(config: ServeConfig) -> None:
@@ -37,25 +53,63 @@ def serve(config: ServeConfig) -> None:
         _serve_here(config)
 
 
-def build_clip_app(config: ServeConfig) -> FastAPI:
-    """Load the model, warm it up, build its app: in this process or in a replica."""
-    from fmray.models.saved import load_dual_encoder
-    from fmray.serving.app import build_app
-    from fmray.serving.engines import ClipEngine
-
+def build_model_app(config: ServeConfig) -> FastAPI:
+    """Load the model, warm it up, build the app of its kind: in this process or in a replica."""
+    kind = kind_of(config.checkpoint)
     torch.set_num_threads(config.runtime.threads or max(1, (os.cpu_count() or 1) // config.replicas))
-    loaded = load_dual_encoder(config.checkpoint, choose_device(config.runtime.device))
-    engine = ClipEngine(loaded, max_pixels=int(config.max_image_megapixels * 1e6))
-    engine.warmup()
-    return build_app(engine, config)
+    device, max_pixels = choose_device(config.runtime.device), int(config.max_image_megapixels * 1e6)
+    if kind == "clip":
+        from fmray.models.saved import load_dual_encoder
+        from fmray.serving.app import build_embedding_app
+        from fmray.serving.clip_engine import ClipEngine
+
+        clip = ClipEngine(load_dual_encoder(config.checkpoint, device), max_pixels=max_pixels)
+        clip.warmup()
+        return build_embedding_app(clip, config)
+    from fmray.models.answering import load_answering
+    from fmray.serving.app import build_chat_app
+    from fmray.serving.chat_engine import AnswerEngine
+
+    with _on_disk(config.checkpoint) as folder:
+        answers = AnswerEngine(load_answering(folder, device), kind, max_pixels=max_pixels)
+    answers.warmup()
+    return build_chat_app(answers, config)
+
+
+def kind_of(location: str) -> Kind:
+    """What kind of model a model, checkpoint or run folder holds; raises CheckpointError where it is none that is served."""
+    folder = find_model_folder(location)
+    try:
+        with fsspec.open(f"{folder}/config.json", "r", encoding="utf-8") as stream:
+            model_type = json.load(stream).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{location}: its config.json cannot be read: {error}") from None
+    if model_type not in MODEL_TYPES:
+        served = "dual encoders (CLIP, SigLIP), VQA models and multimodal LLMs"
+        raise CheckpointError(f"{location}: holds a {model_type} model; what can be served are {served}")
+    return MODEL_TYPES[model_type]
+
+
+@contextmanager
+def _on_disk(location: str) -> Iterator[str]:
+    """The model's folder, for as long as it is needed; one at a URL is copied."""
+    folder = find_model_folder(location)
+    if "://" not in folder:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as local:
+        filesystem, path = fsspec.core.url_to_fs(folder)
+        filesystem.get(f"{path.rstrip('/')}/", f"{local}/", recursive=True)
+        yield local
 
 
 def _serve_here(config: ServeConfig) -> None:
     import uvicorn
 
     with bind(config.host, config.port) as bound:  # before the model: a port in use is known at once
+        config = config.named(kind_of(config.checkpoint))
         settings = uvicorn.Config(
-            build_clip_app(config),
+            build_model_app(config),
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -74,11 +128,13 @@ def _serve_on_ray(config: ServeConfig) -> None:
 
     # found once, as an absolute path: replicas have another working folder, and must not differ in what they load
     config = config.replace(checkpoint=find_model_folder(config.checkpoint))
+    config = config.named(kind_of(config.checkpoint))
+    name = str(config.model_id)
     # the signals after Ray, whose own handler would end the process
     with connected(config.runtime.address), stop_on_sigterm() as stop_asked:
         ray_serve.run_app(
-            lambda: build_clip_app(config),
-            name=config.model_id,
+            lambda: build_model_app(config),
+            name=name,
             replicas=config.replicas,
             host=config.host,
             port=config.port,
@@ -86,7 +142,7 @@ def _serve_on_ray(config: ServeConfig) -> None:
             gpus=config.runtime.gpus_per_worker,
         )
         try:
-            logger.info("serving %s on http://%s:%d/v1 (Ray)", config.model_id, config.host, config.port)
-            ray_serve.wait_while_running(config.model_id, stop_asked)
+            logger.info("serving %s on http://%s:%d/v1 (Ray)", name, config.host, config.port)
+            ray_serve.wait_while_running(name, stop_asked)
         finally:
-            ray_serve.stop_app(config.model_id)
+            ray_serve.stop_app(name)

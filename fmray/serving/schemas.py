@@ -30,6 +30,8 @@ def _valid_unicode(text: str) -> str:
 Text = Annotated[StrictStr, AfterValidator(_valid_unicode)]
 """A string that can be encoded: JSON can spell some that cannot."""
 
+JSON = "application/json"
+"""The media type of a reply that is serialised where it is made, off the event loop."""
 MOST_ITEMS = 65_536
 """Items that a list is parsed to at most, whatever is configured: bounds a hostile body's memory."""
 
@@ -227,11 +229,19 @@ class ClassifyReply(Body):
 class ModelFacts(Body):
     """What fmray adds to OpenAI's model object."""
 
+    kind: Literal["clip", "vqa", "mllm"]
     modalities: list[str]
-    dim: int
-    """Width of an embedding."""
+    """What it reads."""
+    output: Literal["embedding", "text"]
+    """What it makes of that."""
+    routes: list[str]
+    """Where to ask it."""
+    dim: int | None
+    """Width of an embedding; null where it makes none."""
     max_length: int
-    """Tokens of a text."""
+    """Tokens of a text; of a conversation, pictures among them; of a VQA model's question."""
+    max_answer_tokens: int | None
+    """Tokens of an answer where the request names no limit; null where it says nothing."""
     image_size: int
     """Side of the square that a picture becomes."""
     limits: dict[str, float]

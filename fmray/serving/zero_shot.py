@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fmray.errors import RequestError
 from fmray.serving.asks import TextAsk, checked_text
-from fmray.serving.engines import Capabilities, Embedding
+from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
 
 MAX_LABEL_CHARACTERS = 1000
 """Characters of a label or a template."""
@@ -97,7 +97,7 @@ def _mean(embedded: Sequence[Embedding]) -> Embedding:
 
 
 def probabilities(
-    image_ND: Tensor, label_LD: Tensor, neutral_D: Tensor | None, capabilities: Capabilities
+    image_ND: Tensor, label_LD: Tensor, neutral_D: Tensor | None, capabilities: EmbeddingCapabilities
 ) -> Tensor:
     """Float32 [N, L]. Without a neutral vector, rows sum to 1; with one, each label stands by itself.
 

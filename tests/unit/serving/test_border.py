@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fmray.config.schema import ServeConfig
-from fmray.serving.app import build_app
+from fmray.serving.app import build_embedding_app
 from fmray.serving.asks import Ask
-from fmray.serving.engines import Capabilities, Embedding
+from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
 from tests.endpoint import serving
 
 
@@ -23,7 +23,16 @@ class LengthEngine:
     """A text becomes the unit vector at the angle of its length; `slow` takes its time, `break` fails."""
 
     max_batch = 2
-    capabilities = Capabilities(("text",), 2, 77, 1, logit_scale=1.0, logit_bias=None)
+    capabilities = EmbeddingCapabilities(
+        kind="clip",
+        modalities=("text",),
+        output="embedding",
+        max_tokens=77,
+        image_size=1,
+        dim=2,
+        logit_scale=1.0,
+        logit_bias=None,
+    )
 
     def __init__(self) -> None:
         self.at_once, self.most_at_once, self.threads = 0, 0, set[str]()
@@ -57,7 +66,7 @@ def engine() -> LengthEngine:
 
 @pytest.fixture(scope="module")
 def url(engine: LengthEngine) -> object:
-    with serving(build_app(engine, ServeConfig(checkpoint="none", model_id="m"))) as url:
+    with serving(build_embedding_app(engine, ServeConfig(checkpoint="none", model_id="m"))) as url:
         yield url
 
 

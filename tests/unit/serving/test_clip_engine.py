@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fmray.errors import CheckpointError, RequestError
 from fmray.models.saved import load_dual_encoder
 from fmray.serving.asks import Ask, ImageAsk, TextAsk
-from fmray.serving.engines import ClipEngine, Embedding
+from fmray.serving.clip_engine import ClipEngine, Embedding
 from fmray.serving.images import pixels_of
 from tests.endpoint import picture
 

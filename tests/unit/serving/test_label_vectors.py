@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,20 @@ from torch.nn import functional as F
 
 from fmray.errors import RequestError
 from fmray.serving.asks import TextAsk
-from fmray.serving.engines import Capabilities, Embedding
+from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
 from fmray.serving.zero_shot import LabelVectors, check_labels, probabilities
 
-SOFTMAX = Capabilities(("text", "image"), 4, 77, 224, logit_scale=10.0, logit_bias=None)
-SIGMOID = Capabilities(("text", "image"), 4, 77, 224, logit_scale=10.0, logit_bias=-2.0)
+SOFTMAX = EmbeddingCapabilities(
+    kind="clip",
+    modalities=("text", "image"),
+    output="embedding",
+    max_tokens=77,
+    image_size=224,
+    dim=4,
+    logit_scale=10.0,
+    logit_bias=None,
+)
+SIGMOID = replace(SOFTMAX, logit_bias=-2.0)
 
 
 def unit(text: str) -> torch.Tensor:

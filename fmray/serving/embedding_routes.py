@@ -1,0 +1,134 @@
+"""Routes of a dual encoder: texts and images to vectors, and pictures to probabilities of labels.
+
+A request: route (here) -> EngineRunner.answer -> ClipEngine.forward -> the model. N items  L labels  D width
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fastapi import APIRouter, Response
+from torch.nn import functional as F
+
+from fmray.config.schema import ServeConfig
+from fmray.errors import RequestError
+from fmray.serving.asks import Ask, ImageAsk, Modality, read_asks
+from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
+from fmray.serving.engines import EngineRunner
+from fmray.serving.model_routes import ModelRoutes
+from fmray.serving.schemas import (
+    JSON,
+    Classification,
+    ClassifyReply,
+    ClassifyRequest,
+    EmbeddingObject,
+    EmbeddingsReply,
+    EmbeddingsRequest,
+    Item,
+    LabelScore,
+    Usage,
+)
+from fmray.serving.zero_shot import NEUTRAL, LabelVectors, check_labels, probabilities
+
+MIB = 2**20
+
+
+class EmbeddingRoutes:
+    """`/v1/embeddings` and `/v1/classify` of one model."""
+
+    def __init__(
+        self,
+        runner: EngineRunner[Ask, Embedding],
+        capabilities: EmbeddingCapabilities,
+        config: ServeConfig,
+    ) -> None:
+        self._runner, self._capabilities, self._config = runner, capabilities, config
+        self._labels = LabelVectors(runner.answer)
+        self._model = ModelRoutes(
+            capabilities,
+            config,
+            routes=("/v1/embeddings", "/v1/classify"),
+            limits={"inputs": config.max_inputs, "labels": config.max_labels},
+            dim=capabilities.dim,
+        )
+
+    def add_to(self, router: APIRouter) -> None:
+        """These routes and those that every model has."""
+        self._model.add_to(router)
+        router.post("/v1/embeddings", response_model=EmbeddingsReply)(self.embeddings)
+        router.post("/v1/classify", response_model=ClassifyReply)(self.classify)
+
+    # ---------------------------------------------------------------------------------------------- questions
+
+    async def embeddings(self, body: EmbeddingsRequest) -> Response:
+        """Texts and images to vectors of the model's shared space, in the order of `input`."""
+        self._model.check(body.model)
+        width = self._capabilities.dim
+        if body.dimensions is not None and body.dimensions > width:
+            message = f"dimensions: this model has {width}, ask for 1 to {width}"
+            raise RequestError(400, "invalid_value", message, "dimensions")
+        asks = await self._read(body.input, body.modality, truncate=body.truncate)
+        embedded = await self._runner.answer(asks)
+        reply = await self._runner.on_cpu(self._embeddings_reply, body, embedded, _usage(asks, embedded))
+        return Response(reply, media_type=JSON)
+
+    async def classify(self, body: ClassifyRequest) -> Response:
+        """Which label fits each picture, with probabilities, best first."""
+        self._model.check(body.model)
+        check_labels(body.labels, body.template, max_labels=self._config.max_labels)
+        asks = await self._read(body.input, "image")
+        neutral = [NEUTRAL] if body.multi_label else []
+        labels = await self._labels.of([*body.labels, *neutral], body.template)
+        images = await self._runner.answer(asks)
+        usage = _usage(asks, [*labels, *images])
+        reply = await self._runner.on_cpu(self._classify_reply, body, images, labels, usage)
+        return Response(reply, media_type=JSON)
+
+    async def _read(self, items: Sequence[Item], modality: Modality, truncate: bool = True) -> list[Ask]:
+        return await self._runner.on_cpu(
+            lambda: read_asks(
+                items,
+                modality=modality,
+                max_inputs=self._config.max_inputs,
+                max_image_bytes=self._config.max_image_mib * MIB,
+                truncate=truncate,
+            )
+        )
+
+    # ------------------------------------------------------------------------------------------------ replies
+
+    def _embeddings_reply(self, body: EmbeddingsRequest, embedded: Sequence[Embedding], usage: Usage) -> str:
+        vectors_ND = torch.stack([one.vector_D for one in embedded])
+        if body.dimensions is not None:
+            vectors_ND = F.normalize(vectors_ND[:, : body.dimensions], dim=1)
+        if body.encoding_format == "base64":
+            raw = vectors_ND.numpy().astype("<f4")
+            values: list[Any] = [base64.b64encode(row.tobytes()).decode("ascii") for row in raw]
+        else:
+            values = vectors_ND.tolist()
+        data = [EmbeddingObject(index=i, embedding=value) for i, value in enumerate(values)]
+        return EmbeddingsReply(data=data, model=body.model, usage=usage).model_dump_json()
+
+    def _classify_reply(
+        self, body: ClassifyRequest, images: Sequence[Embedding], labels: Sequence[Embedding], usage: Usage
+    ) -> str:
+        image_ND = torch.stack([one.vector_D for one in images])
+        label_LD = torch.stack([one.vector_D for one in labels[: len(body.labels)]])
+        neutral_D = labels[-1].vector_D if body.multi_label else None
+        scores_NL = probabilities(image_ND, label_LD, neutral_D, self._capabilities)
+        best = scores_NL.topk(min(body.top_k or len(body.labels), len(body.labels)), dim=1)
+        data = []
+        for i, (scores, columns) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+            probs = [LabelScore(label=body.labels[c], score=s) for c, s in zip(columns, scores, strict=True)]
+            data.append(Classification(index=i, label=probs[0].label, probs=probs))
+        return ClassifyReply(data=data, model=body.model, usage=usage).model_dump_json()
+
+
+def _usage(asks: Sequence[Ask], embedded: Sequence[Embedding]) -> Usage:
+    tokens = sum(one.tokens for one in embedded)
+    images = sum(isinstance(ask, ImageAsk) for ask in asks)
+    truncated = sum(one.truncated for one in embedded)
+    return Usage(prompt_tokens=tokens, total_tokens=tokens, images=images, truncated=truncated)
