@@ -23,8 +23,13 @@ QUESTION = "what color is it?"
 
 
 def tiny_seer(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A multimodal LLM as `MllmAnswering.save` leaves it."""
-    return saved(tiny_mllm(seed, **changes), folder)
+    """A multimodal LLM as `MllmAnswering.save` leaves it; a convolutional tower's fresh weights would forget the picture."""
+    answering = tiny_mllm(seed, **changes)
+    with torch.no_grad():
+        for weight in answering.model.vision.parameters():
+            if weight.dim() == 4:
+                weight.normal_(std=(2 / weight[0].numel()) ** 0.5)
+    return saved(answering, folder)
 
 
 def saved(answering: MllmAnswering, folder: Path) -> Path:
@@ -40,7 +45,7 @@ def colored(number: int, color: str, size: int = 16) -> torch.Tensor:
     return torch.from_numpy((np.array(COLORS[color]) + noise).clip(0, 255).astype(np.uint8)).permute(2, 0, 1)
 
 
-def write_quiz(folder: Path, train: int = 24, test: int = 6, colors: Sequence[str] = tuple(COLORS)) -> Path:
+def write_quiz(folder: Path, train: int = 24, test: int = 24, colors: Sequence[str] = tuple(COLORS)) -> Path:
     """Pictures of one colour and the question which, in LLaVA's format: `train.json`, `test.json` and `pictures/`."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     counts = {"train": train, "test": test}
@@ -76,7 +81,10 @@ def quiz_run(folder: Path, policy: Path, **changes: Any) -> RlhfConfig:
 
 
 def a_guesser(folder: Path, colors: Sequence[str], steps: int = 60) -> Path:
-    """A seer that was taught to say one of these words, whatever it sees: the picture's own no more often than another."""
+    """A seer that was taught to say one of these words, whatever it sees: the picture's own no more often than another.
+
+    In 60 steps it learns the words, and nothing of the pictures that would help to choose among them.
+    """
     answering = tiny_mllm(loud=False)
     count = 24
     pixels = torch.stack([colored(1000 + n, colors[n % len(colors)]) for n in range(count)])

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fmray.config.rlhf import RlhfConfig
 from fmray.models.freezing import ParameterGroup
-from fmray.models.language import Language
+from fmray.models.language import Language, speaker
 from fmray.rlhf.actor_critic import ActorCritic, build_actor_critic, learning_groups
 from fmray.rlhf.experience import Crew
 from fmray.rlhf.kl import AdaptiveKl, KlController, kl_from_state, kl_state
@@ -87,12 +88,12 @@ class PpoLearner:
         def save(folder: Path) -> None:
             self.language.save(whole, folder)
             if config.policy.lora is not None:
-                save_adapter(whole, config, folder / "adapter")
+                save_adapter(policy, whole, config, folder / "adapter")
 
         return save
 
 
-def save_adapter(whole: dict[str, Tensor], config: RlhfConfig, folder: Path) -> None:
+def save_adapter(policy: PreTrainedModel, whole: dict[str, Tensor], config: RlhfConfig, folder: Path) -> None:
     """The adapter alone, as `peft.PeftModel.from_pretrained` reads it."""
     lora = config.policy.lora
     assert lora is not None
@@ -102,7 +103,9 @@ def save_adapter(whole: dict[str, Tensor], config: RlhfConfig, folder: Path) -> 
         for name, value in whole.items()
         if ".lora_" in name
     }
-    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in whole if ".lora_" in name})
+    leaves = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in whole if ".lora_" in name})
+    # a picture tower may have layers of the same names: peft takes a text as a pattern of whole names
+    targets = leaves if speaker(policy) is policy else rf"language\..*\.({'|'.join(leaves)})"
     described = {
         "peft_type": "LORA",
         "r": lora.rank,

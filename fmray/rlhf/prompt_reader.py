@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fmray.config.prompts import PromptConfig
+from fmray.config.prompts import PromptConfig, QuestionPromptSource
 from fmray.data.dialogue_loader import decoded_pictures
 from fmray.data.prompts import Prompt, fit_prompt
 from fmray.errors import ConfigError
@@ -33,10 +33,15 @@ class PromptReader:
     language: Language
     _decoded: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError where questions about pictures go to a policy that sees none."""
+        if isinstance(self.config.source, QuestionPromptSource):
+            self._seeing()
+
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Its token ids; a question's as its model was taught to read it, placeholders of the picture among them.
 
-        Raises DataError where it does not fit, ConfigError where the policy sees no pictures.
+        Raises DataError where it does not fit.
         """
         if prompt.dialogue is None:
             ending = self.config.template.partition("{}")[2]

@@ -20,6 +20,7 @@ from fmray.runtime.context import Outcome
 from fmray.runtime.launch import launch
 from tests.e2e.test_rlhf_local import lines
 from tests.processes import assert_bit_equal, state
+from tests.quizzes import quiz_run, tiny_seer
 from tests.stories import story_run, tiny_gpt2, tiny_t5
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -27,15 +28,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 POOL = {"cpus": 0.2, "threads": 1, "timeout_seconds": 120}
 
 
+PLACED: dict[str, Any] = {
+    "runtime": {"kind": "ray", "workers": 1, "threads": 1, "cpus_per_worker": 0.5},
+    "rollout.pool": {**POOL, "replicas": 2},
+    "reference.pool": POOL,
+    "rewards.letters.pool": {**POOL, "replicas": 2},
+}
+
+
 def on_ray(folder: Path, policy: Path, **changes: Any) -> RlhfConfig:
     """Two rollout actors, a reference, a reward in an actor and one in the learners."""
-    placed: dict[str, Any] = {
-        "runtime": {"kind": "ray", "workers": 1, "threads": 1, "cpus_per_worker": 0.5},
-        "rollout.pool": {**POOL, "replicas": 2},
-        "reference.pool": POOL,
-        "rewards.letters.pool": {**POOL, "replicas": 2},
-    }
-    return story_run(folder, policy, **{**placed, **changes})
+    return story_run(folder, policy, **{**PLACED, **changes})
 
 
 def run(config: RlhfConfig) -> Outcome:
@@ -64,6 +67,18 @@ def test_6_23_local_and_ray_give_one_curve(ray_session: None, family: str, tmp_p
     two = {"runtime.workers": 2, "engine.kind": "deepspeed", "engine.zero_stage": 3, "run.name": "ray2"}
     run(on_ray(tmp_path, policy, **steady, **two))
     assert_equal_runs(tmp_path, "local", "ray2", 2e-4)
+
+
+def test_6_23_a_policy_that_sees_has_one_curve_too(ray_session: None, tmp_path: Path) -> None:
+    """Pixels and answers travel to every pool and back, samples of a prompt together; also while they are in flight."""
+    seer = tiny_seer(tmp_path / "seer")
+    options = {"optimizer.eps": 1e-3, "rollout.samples_per_prompt": 2, "rollout.max_staleness": 1}
+    run(quiz_run(tmp_path, seer, **options, **{"run.name": "local"}))
+    placed = {**PLACED, "rewards.answer.pool": POOL}
+    run(quiz_run(tmp_path, seer, **placed, **options, **{"run.name": "ray"}))
+    assert_equal_runs(tmp_path, "local", "ray", 1e-6)
+    held_out = "held_out/version-00000002.jsonl"
+    assert (tmp_path / "runs/ray" / held_out).read_text() == (tmp_path / "runs/local" / held_out).read_text()
 
 
 def processes_of(role: str) -> list[int]:

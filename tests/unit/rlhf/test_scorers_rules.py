@@ -1,16 +1,17 @@
-"""Rules over token ids, and what every role does with verdicts that are no numbers."""
+"""Rules over token ids and answers, and what every role does with verdicts that are no numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmray.config.rewards import LengthReward, RepetitionReward
+from fmray.config.rewards import AnswerReward, LengthReward, RepetitionReward
 from fmray.rlhf.records import Rollouts
 from fmray.rlhf.scorers import build_scorer
 from fmray.rlhf.scoring import RewardRole, Verdict, describe_sample, texts_to_score, verdicts_of
@@ -103,3 +104,47 @@ def test_texts_of_samples() -> None:
     assert texts_to_score(rollouts, "response") == ["said", " said", "?", ""]
     assert texts_to_score(rollouts, "prompt_and_response") == ["It is said", "It is said", "It is?", "It is"]
     assert describe_sample(rollouts, 2) == "sample 62 (prompt 'It is', response '?')"
+
+
+ANSWER_CASES: list[tuple[str, str, tuple[str, ...], float]] = [
+    ("exact", "red", ("red",), 1),
+    ("exact", " Red ", ("red",), 1),
+    ("exact", "red.", ("red",), 0),
+    ("exact", "dark red", ("red",), 0),
+    ("exact", "", ("red",), 0),
+    ("exact", "crimson", ("red", "crimson"), 1),
+    ("vqa_accuracy", "Red.", ("red",), 1),
+    ("vqa_accuracy", "two", ("2", "2", "2", *["3"] * 7), 0.9),
+    ("vqa_accuracy", "red", ("red", *["blue"] * 9), 0.3),
+    ("vqa_accuracy", "green", ("red", *["blue"] * 9), 0),
+    ("anls", "rad", ("red",), 2 / 3),
+    ("anls", "rxx", ("red",), 0),
+    ("anls", "blue", ("red", "blues"), 0.8),
+]
+
+
+@pytest.mark.parametrize(("metric", "said", "known", "score"), ANSWER_CASES)
+def test_an_answer_is_as_right_as_its_measure_says(
+    metric: str, said: str, known: tuple[str, ...], score: float
+) -> None:
+    rollouts = replace(answers([said, "red"]), answers=(known, ("red",)))
+    config = AnswerReward.model_validate({"metric": metric})
+    scores = build_scorer(config, HERE).score(rollouts)
+    assert scores.raw_B.tolist() == pytest.approx([score, 1])
+    assert not scores.failures
+
+
+def test_an_answer_that_nobody_knows_has_no_score() -> None:
+    cure = "its prompt has no answers to compare with; prompts.source.kind=questions brings them"
+    scores = build_scorer(AnswerReward(), HERE).score(replace(answers(["a", "b"]), answers=((), ("b",))))
+    assert scores.raw_B[0].isnan()
+    assert scores.raw_B[1] == 1
+    assert scores.failures == (f"sample 60 (prompt 'prompt 0', response 'a'): {cure}",)
+    without = build_scorer(AnswerReward(), HERE).score(answers(["a", "b"]))
+    assert without.raw_B.isnan().all()
+    assert len(without.failures) == 2
+
+
+def test_answers_are_not_normalised_and_stay_at_the_learners_unless_asked() -> None:
+    config = AnswerReward()
+    assert (config.normalize, config.pool.replicas, config.metric) == ("none", 0, "exact")
