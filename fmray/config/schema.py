@@ -183,8 +183,8 @@ class OptimizerConfig(Section):
     """Added to the denominator."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled decay; never on biases, norms and scalars."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape after the warm-up, down to `final_lr_share`."""
+    schedule: Literal["constant", "linear", "cosine", "hold"] = "cosine"
+    """Shape after the warm-up, down to `final_lr_share`; `hold`: at the peak, and linear over the last third alone."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear rise."""
     final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.0

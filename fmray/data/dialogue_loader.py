@@ -147,12 +147,23 @@ class DialogueDataset(Dataset[LoadedDialogues]):
         return rgba_4HW
 
     def _draw(self, dialogues: tuple[Dialogue, ...], seed: int) -> list[Dialogue]:
-        """`questions_per_picture` of a group's dialogues, in their order; all where there are no more."""
+        """`questions_per_picture` of a group's dialogues, in their order; all where there are no more.
+
+        Types take turns, so that a rare one is asked as often as a frequent one: among easy answers that nobody can guess wrong
+        a picture's few telling questions would go under.
+        """
         count = self.data.questions_per_picture or len(dialogues)
         if count >= len(dialogues):
             return list(dialogues)
         random = np.random.Generator(np.random.Philox(key=seed, counter=QUESTION_STREAM))
-        return [dialogues[index] for index in sorted(random.permutation(len(dialogues))[:count])]
+        turn_of: dict[str, int] = {}
+        turns = []
+        for index in random.permutation(len(dialogues)).tolist():
+            kind = dialogues[index].kind
+            turn_of[kind] = turn_of.get(kind, -1) + 1
+            turns.append((turn_of[kind], index))
+        first = sorted(turns, key=lambda turn: turn[0])[:count]  # stable: within a round as they were drawn
+        return [dialogues[index] for index in sorted(index for _, index in first)]
 
     def _finish(self, rows: dict[str, tuple[Tensor | None, int, bool]]) -> Pictures:
         """Augmented pictures over white; one that a question speaks of sides of is never mirrored."""

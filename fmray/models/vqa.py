@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
+    DynamicCache,
+    EncoderDecoderCache,
     GenerationMixin,
     GPT2LMHeadModel,
     PreTrainedConfig,
@@ -165,6 +167,26 @@ class VqaModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         question_of_B: Tensor | None = None,
     ) -> Fused:
         """What the decoder reads; arguments as `forward`'s. Each distinct picture passes its tower and projection once."""
+        seen, asked, mask = self.sides(
+            input_ids, attention_mask, pixel_values, image_features, question_features
+        )
+        seen, asked, mask = _rows(seen, picture_of_B), _rows(asked, question_of_B), _rows(mask, question_of_B)
+        if self.config.fusion == "mean":
+            weight_BS1 = mask.to(asked.dtype).unsqueeze(-1)
+            asked_BD = (asked * weight_BS1).sum(1) / weight_BS1.sum(1).clamp(min=1)
+            memory_B1D = ((seen.mean(1) + asked_BD) / 2).unsqueeze(1)
+            return Fused(memory_B1D, mask.new_ones(len(memory_B1D), 1))
+        return Fused(torch.cat([seen, asked], dim=1), torch.cat([mask.new_ones(seen.shape[:2]), mask], dim=1))
+
+    def sides(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        image_features: Tensor | None,
+        question_features: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Distinct pictures [N, P, D] and questions [Q, S, D] in the decoder's width, and the questions' mask [Q, S]."""
         if image_features is None:
             if pixel_values is None:
                 raise ValueError("pixel_values or image_features: one of them is needed")
@@ -176,20 +198,26 @@ class VqaModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             question_features = self.question_tokens(input_ids, attention_mask)
         elif attention_mask is None:
             attention_mask = question_features.new_ones(question_features.shape[:2], dtype=torch.long)
-        seen_BPD: Tensor = self.vision_projection(image_features)
-        asked_BSD: Tensor = self.text_projection(question_features)
-        if picture_of_B is not None:
-            seen_BPD = seen_BPD[picture_of_B]
-        if question_of_B is not None:
-            asked_BSD, attention_mask = asked_BSD[question_of_B], attention_mask[question_of_B]
-        if self.config.fusion == "mean":
-            weight_BS1 = attention_mask.to(asked_BSD.dtype).unsqueeze(-1)
-            asked_BD = (asked_BSD * weight_BS1).sum(1) / weight_BS1.sum(1).clamp(min=1)
-            memory_B1D = ((seen_BPD.mean(1) + asked_BD) / 2).unsqueeze(1)
-            return Fused(memory_B1D, attention_mask.new_ones(len(memory_B1D), 1))
-        memory_BMD = torch.cat([seen_BPD, asked_BSD], dim=1)
-        always = attention_mask.new_ones(seen_BPD.shape[:2])
-        return Fused(memory_BMD, torch.cat([always, attention_mask], dim=1))
+        return self.vision_projection(image_features), self.text_projection(question_features), attention_mask
+
+    def keys_and_values(
+        self, seen_NPD: Tensor, asked_QSD: Tensor, picture_of_B: Tensor | None, question_of_B: Tensor | None
+    ) -> EncoderDecoderCache:
+        """The cross-attention's keys and values of every layer, made once per distinct picture and question, then dealt to rows.
+
+        A memory of P + S tokens is projected in every layer, and a batch has far fewer pictures and questions than rows: this is
+        the larger part of a small decoder's work. transformers' cache of them is where GPT-2 looks before it makes its own.
+        """
+        cache = DynamicCache()
+        for layer, block in enumerate(self.decoder.transformer.h):
+            attention = block.crossattention
+            of_pictures = _rows(attention.c_attn(seen_NPD), picture_of_B)
+            of_questions = _rows(attention.c_attn(asked_QSD), question_of_B)
+            both_BMX = torch.cat([of_pictures, of_questions], dim=1)
+            heads = both_BMX.view(*both_BMX.shape[:2], 2, -1, attention.head_dim)
+            keys, values = heads.permute(2, 0, 3, 1, 4)
+            cache.update(keys, values, layer)
+        return EncoderDecoderCache(DynamicCache(), cache)
 
     # --------------------------------------------------------------------------------------------------------- answers
 
@@ -219,7 +247,17 @@ class VqaModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         The loss is the mean over labelled tokens, in float32. `loss_only` reads the output matrix at labelled places alone
         and returns no logits. `encoder_outputs`, cache and `kwargs` (which are not read) are `generate`'s.
         """
-        if encoder_outputs is None:
+        checkpointed = self.decoder.transformer.gradient_checkpointing and self.training
+        if encoder_outputs is None and self.config.fusion == "concat" and not checkpointed:
+            seen, asked, mask = self.sides(
+                input_ids, attention_mask, pixel_values, image_features, question_features
+            )
+            past_key_values = self.keys_and_values(seen, asked, picture_of_B, question_of_B)
+            mask_BS = _rows(mask, question_of_B)
+            always_BP = mask_BS.new_ones(len(mask_BS), seen.shape[1])
+            mask_BM = torch.cat([always_BP, mask_BS], dim=1)
+            encoder_outputs = Fused(seen.new_empty(*mask_BM.shape, 0), mask_BM)  # its keys are in the cache
+        elif encoder_outputs is None:
             encoder_outputs = self.fuse(
                 input_ids,
                 attention_mask,
@@ -292,6 +330,11 @@ class VqaModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 AutoConfig.register(VqaConfig.model_type, VqaConfig)
 AutoModel.register(VqaConfig, VqaModel)
+
+
+def _rows(values: Tensor, row_of_B: Tensor | None) -> Tensor:
+    """Each row's values; None: row b has values b."""
+    return values if row_of_B is None else values[row_of_B]
 
 
 def cross_attention_gradient_norms(model: VqaModel) -> dict[str, float]:

@@ -173,11 +173,13 @@ def rates_at(groups: list[ParameterGroup], optimizer: OptimizerConfig, step: int
 
 
 def schedule_at(optimizer: OptimizerConfig, step: int, steps: int) -> float:
-    """Share of the peak rate: linear warm-up, then constant, linear or half a cosine down to `final_lr_share`."""
+    """Share of the peak rate: linear warm-up, then constant, linear, held or half a cosine down to `final_lr_share`."""
     if step < optimizer.warmup_steps:
         return (step + 1) / optimizer.warmup_steps
     if optimizer.schedule == "constant":
         return 1.0
     progress = min(1.0, (step - optimizer.warmup_steps) / max(1, steps - optimizer.warmup_steps))
+    if optimizer.schedule == "hold":  # warm up, stay, decay (Hu et al. 2024, MiniCPM, §4.2)
+        progress = max(0.0, 3 * progress - 2)
     fall = (1 + math.cos(math.pi * progress)) / 2 if optimizer.schedule == "cosine" else 1 - progress
     return optimizer.final_lr_share + (1 - optimizer.final_lr_share) * fall

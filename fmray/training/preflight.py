@@ -30,9 +30,11 @@ def check_answers(config: AnswersConfig) -> None:
     if config.model.checkpoint is not None:
         locate_model(config.model.checkpoint, "model.checkpoint")
         return
-    tower_config(config.model.vision, "model.vision", None)
     if isinstance(config.model, VqaModelConfig):
+        tower_config(config.model.vision, "model.vision", None)
         load_tokenizer(config.model.text, "model.text")
+    elif not config.model.vision.source.startswith("arch:"):
+        locate_model(config.model.vision.source, "model.vision.source")
 
 
 def check_reward(config: RewardModelConfig) -> None:

@@ -77,7 +77,7 @@ def test_a_key_laid_over_a_section_keeps_the_roots_own_defaults() -> None:
         (["--recipe"], "--recipe", "needs a value"),
         (["train.stepz=3"], "train.stepz", "did you mean train.steps?"),
         (["traim.steps=3"], "traim", "did you mean train?"),
-        (["xyzzy=3"], "xyzzy", "there are: run, runtime"),
+        (["xyzzy=3"], "xyzzy", "there are: task, run, runtime"),
         (["train.steps=0"], "train.steps", "greater than or equal to 1"),
         (["train.steps=many"], "train.steps", "valid integer"),
         (["train.steps"], "train.steps", "write key=value"),

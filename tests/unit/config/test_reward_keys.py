@@ -117,7 +117,7 @@ def test_help_tells_each_kind_and_the_roots_own_defaults() -> None:
     lines = str(caught.value).splitlines()
     for kind in REWARD_KINDS:
         assert sum(line.startswith(f"  rewards.<reward>.kind={kind} ") for line in lines) == 1
-    for key in ("weight", "normalize", "clip", "failure_budget"):  # what all kinds have is told once
+    for key in ("weight", "clip", "failure_budget"):  # what all kinds have is told once
         assert sum(line.startswith(f"  rewards.<reward>.{key} ") for line in lines) == 1
     assert "  optimizer.lr  (float; default 1e-05)" in lines  # the pretraining's own default is another
     assert '  run.name  (str; default "rlhf")' in lines

@@ -141,7 +141,7 @@ def test_impossible_models_are_named(folders: dict[str, str], tmp_path: Path) ->
         ),
         (
             {"decoder": scratch},
-            "model.decoder.tokenizer=None: arch:gpt2 has no tokenizer: name one, as asset:gpt2_tokenizer",
+            "model.decoder.tokenizer=None: arch:gpt2 has no tokenizer: name one, as asset:gpt2_tokenizer, or answers to learn one",
         ),
         (
             {"decoder": llama},
