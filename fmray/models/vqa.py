@@ -156,28 +156,6 @@ class VqaModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         states: Tensor = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return states
 
-    def fuse(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None,
-        picture_of_B: Tensor | None = None,
-        question_features: Tensor | None = None,
-        question_of_B: Tensor | None = None,
-    ) -> Fused:
-        """What the decoder reads; arguments as `forward`'s. Each distinct picture passes its tower and projection once."""
-        seen, asked, mask = self.sides(
-            input_ids, attention_mask, pixel_values, image_features, question_features
-        )
-        seen, asked, mask = _rows(seen, picture_of_B), _rows(asked, question_of_B), _rows(mask, question_of_B)
-        if self.config.fusion == "mean":
-            weight_BS1 = mask.to(asked.dtype).unsqueeze(-1)
-            asked_BD = (asked * weight_BS1).sum(1) / weight_BS1.sum(1).clamp(min=1)
-            memory_B1D = ((seen.mean(1) + asked_BD) / 2).unsqueeze(1)
-            return Fused(memory_B1D, mask.new_ones(len(memory_B1D), 1))
-        return Fused(torch.cat([seen, asked], dim=1), torch.cat([mask.new_ones(seen.shape[:2]), mask], dim=1))
-
     def sides(
         self,
         input_ids: Tensor | None,
@@ -200,10 +178,32 @@ class VqaModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             attention_mask = question_features.new_ones(question_features.shape[:2], dtype=torch.long)
         return self.vision_projection(image_features), self.text_projection(question_features), attention_mask
 
+    def fused(
+        self,
+        seen: Tensor,
+        asked: Tensor,
+        mask: Tensor,
+        picture_of_B: Tensor | None,
+        question_of_B: Tensor | None,
+    ) -> Fused:
+        """What the decoder reads, of `sides`."""
+        seen, asked, mask = _rows(seen, picture_of_B), _rows(asked, question_of_B), _rows(mask, question_of_B)
+        if self.config.fusion == "mean":
+            weight_BS1 = mask.to(asked.dtype).unsqueeze(-1)
+            asked_BD = (asked * weight_BS1).sum(1) / weight_BS1.sum(1).clamp(min=1)
+            memory_B1D = ((seen.mean(1) + asked_BD) / 2).unsqueeze(1)
+            return Fused(memory_B1D, mask.new_ones(len(memory_B1D), 1))
+        return Fused(torch.cat([seen, asked], dim=1), torch.cat([mask.new_ones(seen.shape[:2]), mask], dim=1))
+
     def keys_and_values(
-        self, seen_NPD: Tensor, asked_QSD: Tensor, picture_of_B: Tensor | None, question_of_B: Tensor | None
-    ) -> EncoderDecoderCache:
-        """The cross-attention's keys and values of every layer, made once per distinct picture and question, then dealt to rows.
+        self,
+        seen_NPD: Tensor,
+        asked_QSD: Tensor,
+        mask_QS: Tensor,
+        picture_of_B: Tensor | None,
+        question_of_B: Tensor | None,
+    ) -> tuple[Fused, EncoderDecoderCache]:
+        """As `fused` by concatenation, but as the keys and values of every layer, made once per distinct picture and question.
 
         A memory of P + S tokens is projected in every layer, and a batch has far fewer pictures and questions than rows: this is
         the larger part of a small decoder's work. transformers' cache of them is where GPT-2 looks before it makes its own.
@@ -217,7 +217,10 @@ class VqaModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             heads = both_BMX.view(*both_BMX.shape[:2], 2, -1, attention.head_dim)
             keys, values = heads.permute(2, 0, 3, 1, 4)
             cache.update(keys, values, layer)
-        return EncoderDecoderCache(DynamicCache(), cache)
+        mask_BS = _rows(mask_QS, question_of_B)
+        mask_BM = torch.cat([mask_BS.new_ones(len(mask_BS), seen_NPD.shape[1]), mask_BS], dim=1)
+        nothing = seen_NPD.new_empty(*mask_BM.shape, 0)  # its keys are in the cache
+        return Fused(nothing, mask_BM), EncoderDecoderCache(DynamicCache(), cache)
 
     # --------------------------------------------------------------------------------------------------------- answers
 
@@ -247,26 +250,13 @@ class VqaModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         The loss is the mean over labelled tokens, in float32. `loss_only` reads the output matrix at labelled places alone
         and returns no logits. `encoder_outputs`, cache and `kwargs` (which are not read) are `generate`'s.
         """
-        checkpointed = self.decoder.transformer.gradient_checkpointing and self.training
-        if encoder_outputs is None and self.config.fusion == "concat" and not checkpointed:
-            seen, asked, mask = self.sides(
-                input_ids, attention_mask, pixel_values, image_features, question_features
-            )
-            past_key_values = self.keys_and_values(seen, asked, picture_of_B, question_of_B)
-            mask_BS = _rows(mask, question_of_B)
-            always_BP = mask_BS.new_ones(len(mask_BS), seen.shape[1])
-            mask_BM = torch.cat([always_BP, mask_BS], dim=1)
-            encoder_outputs = Fused(seen.new_empty(*mask_BM.shape, 0), mask_BM)  # its keys are in the cache
-        elif encoder_outputs is None:
-            encoder_outputs = self.fuse(
-                input_ids,
-                attention_mask,
-                pixel_values,
-                image_features,
-                picture_of_B,
-                question_features,
-                question_of_B,
-            )
+        if encoder_outputs is None:
+            sides = self.sides(input_ids, attention_mask, pixel_values, image_features, question_features)
+            checkpointed = self.decoder.transformer.gradient_checkpointing and self.training
+            if self.config.fusion == "concat" and not checkpointed:
+                encoder_outputs, past_key_values = self.keys_and_values(*sides, picture_of_B, question_of_B)
+            else:
+                encoder_outputs = self.fused(*sides, picture_of_B, question_of_B)
         decoded = self.decoder.transformer(
             input_ids=decoder_input_ids,
             # no mask of its own: answers are padded to the right, and the decoder looks to the left
@@ -305,15 +295,8 @@ class VqaModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         `input_ids` and `attention_mask` are the question, as in `forward`; `settings` are transformers' (`max_new_tokens`,
         `num_beams`, `do_sample`, …); with `return_dict_in_generate` its record, `sequences` as above.
         """
-        fused = self.fuse(
-            input_ids,
-            attention_mask,
-            pixel_values,
-            image_features,
-            picture_of_B,
-            question_features,
-            question_of_B,
-        )
+        sides = self.sides(input_ids, attention_mask, pixel_values, image_features, question_features)
+        fused = self.fused(*sides, picture_of_B, question_of_B)
         if not settings.keys() & {"max_new_tokens", "max_length", "generation_config"}:
             settings["max_new_tokens"] = self.config.max_answer_tokens
         # padding stands behind the end of text only, where nothing is read: the end of text itself will do

@@ -47,7 +47,7 @@ def read_answers(folder: RunFolder, version: int) -> Answers:
     if not folder.exists("held_out", name):
         raise DataError(f"{folder.url}/held_out/{name}: no such file; did the run evaluate held-out prompts?")
     rows = [json.loads(line) for line in folder.read_text("held_out", name).splitlines()]
-    rewards = [key for key in rows[0] if key not in ("prompt", "response")]
+    rewards = [key for key in rows[0] if key not in ("prompt", "response", "picture", "answers")]
     return Answers(
         version,
         tuple(row["prompt"] for row in rows),

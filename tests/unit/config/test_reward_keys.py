@@ -124,4 +124,4 @@ def test_help_tells_each_kind_and_the_roots_own_defaults() -> None:
     assert "  policy.lora.rank  (int; default 16)" in lines
     assert "  rewards.<reward>.source  (str; required)" in lines
     assert "  rollout.pool.…  the keys of reference.pool" in lines
-    assert lines.count("  rewards.<reward>.pool.…  the keys of reference.pool with {replicas: 0}") == 2
+    assert lines.count("  rewards.<reward>.pool.…  the keys of reference.pool with {replicas: 0}") == 3

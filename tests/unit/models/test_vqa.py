@@ -255,7 +255,10 @@ def test_gradient_norms_are_those_of_the_parts_of_the_matrix() -> None:
 @pytest.mark.parametrize("fusion", ["concat", "mean"])
 def test_the_memory_is_what_the_fusion_says(fusion: str) -> None:
     model, inputs = batch(fusion=fusion)
-    memory = model.fuse(**question(inputs))
+    asked = question(inputs)
+    rows = asked.pop("picture_of_B"), asked.pop("question_of_B")
+    sides = model.sides(**{"image_features": None, "question_features": None, **asked})
+    memory = model.fused(*sides, *rows)
     seen = model.vision_projection(model.picture_tokens(inputs["pixel_values"]))[inputs["picture_of_B"]]
     mask = inputs["attention_mask"]
     asked = model.text_projection(model.question_tokens(inputs["input_ids"], mask))
