@@ -6,7 +6,7 @@ F width of a tower
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fmray.config.answers import VqaModelConfig
 from fmray.config.schema import ImageConfig
-from fmray.errors import CheckpointError, DataError
+from fmray.errors import CheckpointError, ConfigError, DataError
 from fmray.models.answering import AnswerBatch, Limits, Said, check_room
 from fmray.models.preparation import save_picture_preparation
 from fmray.models.vqa import VqaConfig, VqaModel
@@ -30,6 +30,10 @@ MOST_QUESTIONS = 262_144
 """Distinct questions whose token ids are kept: more than VQA v2's training split has."""
 LONGEST_KEPT = 256
 """Questions of more characters are not kept: a server's callers choose them, and memory is bounded."""
+
+
+STANDARDIZE_BY = 1024
+"""Distinct questions that `standardize` looks at."""
 
 
 class VqaAnswering:
@@ -105,6 +109,24 @@ class VqaAnswering:
         if self.remember_questions and self._text_is_still:
             return inputs | {"question_features": self._states_of(distinct)}
         return inputs | {"input_ids": _padded(ids, self._question_pad)}
+
+    @torch.no_grad()
+    def standardize(self, questions: Sequence[str]) -> None:
+        """Begin the questions' projection as if their states had mean 0 and deviation 1 over these questions.
+
+        The states of a pretrained tower share a large common part (0.84 of DistilBERT's length on easy-vqa), beside which what
+        tells one word from another is small: w' = w / σ, b' = b − w'·μ. The model stays one linear map.
+        """
+        if not questions:
+            raise ConfigError("model.standardize", True, "there are no training questions to standardize by")
+        ids = [self._ids_of(question) for question in questions]
+        mask_QS = _padded([[1] * len(tokens) for tokens in ids], 0)
+        with resting(self.model):
+            states_QSF = self.model.question_tokens(_padded(ids, self._question_pad), mask_QS)
+        states_NF = states_QSF[mask_QS.bool()].float()
+        projection = self.model.text_projection
+        projection.weight.div_(states_NF.std(0).clamp(min=1e-6))
+        projection.bias.sub_(projection.weight @ states_NF.mean(0))
 
     @property
     def _text_is_still(self) -> bool:
@@ -285,12 +307,18 @@ def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
 
-def build_vqa(config: VqaModelConfig, answers: Iterable[str] = ()) -> VqaAnswering:
+def build_vqa(config: VqaModelConfig, dialogues: Sequence[Dialogue] = ()) -> VqaAnswering:
     """The model that a configuration asks for, in fp32 on the CPU; raises ConfigError with the key.
 
-    answers: what `model.decoder.tokenizer=answers` is learned from.
+    dialogues: what `model.decoder.tokenizer=answers` is learned from, whose questions `model.standardize` looks at.
     """
-    return VqaAnswering(*build_parts(config, answers))
+    answering = VqaAnswering(*build_parts(config, dialogues))
+    if config.standardize and config.checkpoint is None:
+        distinct = dict.fromkeys(dialogue.question for dialogue in dialogues)
+        answering.standardize(
+            [question for question, _ in zip(distinct, range(STANDARDIZE_BY), strict=False)]
+        )
+    return answering
 
 
 def load_vqa(folder: str | Path, device: torch.device) -> VqaAnswering:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from fmray.models.towers import (
     tower_config,
 )
 from fmray.models.vqa import VqaConfig, VqaModel
+from fmray.types import Dialogue
 
 ANSWER_TOKENIZER = "answer_tokenizer"
 """Folder, in a saved model's, of the decoder's tokenizer; the question's is the saved folder's own."""
@@ -31,10 +32,10 @@ VqaParts = tuple[VqaModel, PreTrainedTokenizerFast, PreTrainedTokenizerFast]
 """The model, the question's tokenizer, the answer's."""
 
 
-def build_parts(config: VqaModelConfig, answers: Iterable[str]) -> VqaParts:
+def build_parts(config: VqaModelConfig, dialogues: Sequence[Dialogue]) -> VqaParts:
     """The model that a configuration asks for, in fp32 on the CPU; raises ConfigError with the key.
 
-    answers: what a tokenizer is learned from, where the configuration wants that.
+    dialogues: what a tokenizer is learned from, where the configuration wants that.
     With `checkpoint` its own picture preparation and lengths hold, as they are saved with it.
     """
     if config.checkpoint is not None:
@@ -48,7 +49,7 @@ def build_parts(config: VqaModelConfig, answers: Iterable[str]) -> VqaParts:
     question_tokenizer = load_tokenizer(config.text, "model.text")
     _check_vocabulary("model.text.source", config.text.source, question_tokenizer, text_config)
     _check_length("model.max_question_tokens", config.max_question_tokens, text_config)
-    decoder_config, answer_tokenizer = _speaker(config, answers)
+    decoder_config, answer_tokenizer = _speaker(config, dialogues)
     whole = VqaConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -69,7 +70,7 @@ def build_parts(config: VqaModelConfig, answers: Iterable[str]) -> VqaParts:
 
 
 def _speaker(
-    config: VqaModelConfig, answers: Iterable[str]
+    config: VqaModelConfig, dialogues: Sequence[Dialogue]
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerFast]:
     """The decoder's configuration and its tokenizer, made to fit each other."""
     wanted = config.decoder
@@ -85,7 +86,7 @@ def _speaker(
         if wanted.pretrained:
             cure = "a pretrained decoder speaks its own tokens: leave it out, or set pretrained=false"
             raise ConfigError("model.decoder.tokenizer", FROM_ANSWERS, cure)
-        tokenizer = learn_tokenizer(answers)
+        tokenizer = learn_tokenizer(turn.answer for dialogue in dialogues for turn in dialogue.turns)
     else:
         tokenizer = load_tokenizer(TowerConfig(source=wanted.tokenizer or wanted.source), "model.decoder")
     if tokenizer.eos_token_id is None:

@@ -13,6 +13,7 @@ from transformers import BertModel, GPT2Config, GPT2LMHeadModel, ViTModel
 from fmray.config.answers import LanguageModelConfig, VqaModelConfig
 from fmray.config.schema import ImageConfig, TowerConfig
 from fmray.errors import ConfigError
+from fmray.models.answer_tokenizer import learn_tokenizer
 from fmray.models.answering import build_answering
 from fmray.models.towers import DROPOUT_KEYS
 from fmray.models.vqa_answering import VqaAnswering, build_vqa
@@ -141,7 +142,8 @@ def test_impossible_models_are_named(folders: dict[str, str], tmp_path: Path) ->
         ),
         (
             {"decoder": scratch},
-            "model.decoder.tokenizer=None: arch:gpt2 has no tokenizer: name one, as asset:gpt2_tokenizer, or answers to learn one",
+            "model.decoder.tokenizer=None: arch:gpt2 has no tokenizer: "
+            "name one, as asset:gpt2_tokenizer, or answers to learn one",
         ),
         (
             {"decoder": llama},
@@ -173,3 +175,31 @@ def test_a_decoder_that_lacks_weights_is_refused(folders: dict[str, str], tmp_pa
     deeper = LanguageModelConfig(source=folders["decoder"], overrides={"n_layer": keys["n_layer"]})
     with pytest.raises(ConfigError, match=r"does not hold the decoder's weights: transformer\.h\.2\."):
         build_vqa(wanted(folders, decoder=deeper))
+
+
+def test_a_tokenizer_learned_from_answers_has_frequent_ones_whole_and_spells_the_rest() -> None:
+    said = ["red"] * 9 + ["rectangle"] * 5 + ["light blue"] * 3
+    tokenizer, again = learn_tokenizer(said), learn_tokenizer(said)
+    assert tokenizer.get_vocab() == again.get_vocab()
+    assert [len(tokenizer(text)["input_ids"]) for text in ("red", "rectangle")] == [1, 1]
+    for text in ("light blue", "초록색", "never said 7!"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id
+
+
+def test_a_standardized_projection_begins_at_mean_0_and_deviation_1() -> None:
+    answering = tiny_vqa()
+    asked = ["what color is it?", "is it a circle?", "is there a red shape?"]
+    before = answering.model.text_projection.weight.clone()
+    ids = [answering.question_tokenizer(text)["input_ids"] for text in asked]
+    rows = [
+        answering.model.question_tokens(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))[0]
+        for row in ids
+    ]
+    states_NF = torch.cat(rows).detach()
+    answering.standardize(asked)
+    ours = answering.model.text_projection(states_NF)
+    normal = (states_NF - states_NF.mean(0)) / states_NF.std(0)
+    torch.testing.assert_close(ours, normal @ before.T, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ConfigError, match="no training questions"):
+        answering.standardize([])
