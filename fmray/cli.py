@@ -10,19 +10,19 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from fmray.config.answer_recipes import ANSWER_RECIPES
 from fmray.config.answers import AnswersConfig
 from fmray.config.demo import DemoConfig
 from fmray.config.demo_recipes import DEMO_RECIPES
-from fmray.config.loading import HelpRequested, Task, load_config, load_task
-from fmray.config.recipes import EVALUATE_RECIPES, PRETRAIN_RECIPES, SERVE_RECIPES
+from fmray.config.loading import HelpRequested, load_config, load_task
+from fmray.config.recipes import EVALUATE_RECIPES, SERVE_RECIPES
 from fmray.config.reward import RewardModelConfig
 from fmray.config.reward_recipes import REWARD_MODEL_RECIPES
 from fmray.config.rlhf import RlhfConfig
 from fmray.config.rlhf_recipes import RLHF_RECIPES
-from fmray.config.schema import EvaluateRunConfig, PretrainConfig, ServeConfig
+from fmray.config.schema import EvaluateRunConfig, ServeConfig
 from fmray.config.sweep import SweepConfig
 from fmray.config.sweep_recipes import SWEEP_RECIPES
+from fmray.config.tasks import PRETRAIN_TASKS
 from fmray.errors import TEMPORARY_FAILURE, ConfigError, FmrayError
 
 Arguments = Sequence[str]
@@ -30,8 +30,7 @@ Arguments = Sequence[str]
 
 def pretrain(arguments: Arguments) -> int:
     """Train on pictures and words: a dual encoder (CLIP, SigLIP), a VQA model, a multimodal LLM."""
-    tasks: dict[str, Task] = {"pairs": (PretrainConfig, PRETRAIN_RECIPES), "answers": (AnswersConfig, ANSWER_RECIPES)}
-    config = load_task(tasks, arguments, door="fmray pretrain")
+    config = load_task(PRETRAIN_TASKS, arguments, door="fmray pretrain")
     if isinstance(config, AnswersConfig):
         return answers(config)
     from fmray.runtime.launch import launch

@@ -12,21 +12,22 @@ import pytest
 from fmray.cli import DOORS
 from fmray.config.demo import DemoConfig
 from fmray.config.demo_recipes import DEMO_RECIPES
-from fmray.config.loading import load_config
-from fmray.config.recipes import EVALUATE_RECIPES, PRETRAIN_RECIPES, SERVE_RECIPES
+from fmray.config.loading import load_config, load_task
+from fmray.config.recipes import EVALUATE_RECIPES, SERVE_RECIPES
 from fmray.config.reward import RewardModelConfig
 from fmray.config.reward_recipes import REWARD_MODEL_RECIPES
 from fmray.config.rlhf import RlhfConfig
 from fmray.config.rlhf_recipes import RLHF_RECIPES
-from fmray.config.schema import EvaluateRunConfig, PretrainConfig, ServeConfig
+from fmray.config.schema import EvaluateRunConfig, ServeConfig
 from fmray.config.sweep import SweepConfig
 from fmray.config.sweep_recipes import SWEEP_RECIPES
+from fmray.config.tasks import PRETRAIN_TASKS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {
-    "pretrain": lambda words: load_config(PretrainConfig, PRETRAIN_RECIPES, words, door="pretrain"),
+    "pretrain": lambda words: load_task(PRETRAIN_TASKS, words, door="pretrain"),
     "reward": lambda words: load_config(RewardModelConfig, REWARD_MODEL_RECIPES, words, door="reward"),
     "rlhf": lambda words: load_config(RlhfConfig, RLHF_RECIPES, words, door="rlhf"),
     "sweep": lambda words: swept(load_config(SweepConfig, SWEEP_RECIPES, words, door="sweep")),
