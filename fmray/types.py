@@ -66,6 +66,8 @@ class Turn:
     """The texts before, between and behind the pictures: n + 1 texts hold n pictures."""
     answer: str
     """What the model should say; empty where it is yet to be said."""
+    picture: str = ""
+    """What the picture shows, in words, where the answer is a picture; `answer` is then what is said before it."""
 
     @property
     def pictures(self) -> int:
@@ -94,6 +96,8 @@ class Dialogue:
     """It speaks of left and right: its pictures must not be mirrored."""
     system: str = ""
     """How to answer, said before the first turn, in place of what the chat template says there; empty: as the template says."""
+    reply: str = ""
+    """Key of a picture that answers the last turn; empty where the answer is words, or a picture that nobody has."""
 
     @property
     def question(self) -> str:

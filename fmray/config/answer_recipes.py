@@ -9,12 +9,13 @@ from fmray.config.answers import (
     AnswersConfig,
     LanguageModelConfig,
     MllmModelConfig,
+    OutputConfig,
     ProjectorConfig,
     VqaModelConfig,
 )
 from fmray.config.base import RunConfig
 from fmray.config.data import EmojiSource
-from fmray.config.dialogues import CaptionSource, DialogueDataConfig, EasyVqaSource
+from fmray.config.dialogues import CaptionSource, DialogueDataConfig, EasyVqaSource, RequestSource
 from fmray.config.rlhf import LoraConfig
 from fmray.config.schema import (
     EngineConfig,
@@ -28,12 +29,15 @@ from fmray.config.schema import (
 STAGE_1_RUN = "runs/mllm_stage1"
 """Where `fmray pretrain --recipe mllm_stage1` leaves its model."""
 
+CLIP_RUN = "runs/clip_emoji"
+"""Where `fmray pretrain --recipe clip_emoji` leaves its model."""
+
 
 def vqa_easy() -> AnswersConfig:
     """A ViT from scratch, a frozen DistilBERT, a small GPT-2: easy-vqa's shapes in minutes on 2 cores."""
     return AnswersConfig(
         run=RunConfig(name="vqa_easy"),
-        data=DialogueDataConfig(source=EasyVqaSource(), batch_size=32),
+        data=DialogueDataConfig(source=EasyVqaSource(), batch_size=48, questions_per_picture=6),
         model=VqaModelConfig(
             vision=TowerConfig(
                 source="arch:vit",
@@ -51,17 +55,18 @@ def vqa_easy() -> AnswersConfig:
                 pretrained=False,
                 overrides={
                     "n_embd": 128,
-                    "n_layer": 2,
+                    "n_layer": 3,
                     "n_head": 4,
                     "n_positions": 32,
                     "initializer_range": 0.08,
                 },
             ),
             freeze="text",
+            standardize=True,
             image=ImageConfig(size=64, normalize="half"),
             dropout=0.0,
         ),
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.01, warmup_steps=50),
+        optimizer=OptimizerConfig(lr=1.5e-3, weight_decay=0.01, warmup_steps=50, schedule="hold"),
         engine=EngineConfig(precision="bf16"),
         train=TrainConfig(steps=600, log_every=10, checkpoint_every=300),
     )
@@ -119,9 +124,34 @@ def mllm_stage2() -> AnswersConfig:
     )
 
 
+def mllm_output() -> AnswersConfig:
+    """Stage 1's model taught to answer with a picture where one is asked for: an adapter and the output side learn."""
+    first = mllm_stage1()
+    return first.replace(
+        run=RunConfig(name="mllm_output"),
+        data=DialogueDataConfig(
+            source=RequestSource(words=4000), batch_size=64, micro_batch_size=32, questions_per_picture=1
+        ),
+        model=MllmModelConfig(
+            checkpoint=STAGE_1_RUN,
+            image=ImageConfig(size=128),
+            lora=LoraConfig(rank=16),
+            output=OutputConfig(clip=CLIP_RUN),
+            max_tokens=128,
+            max_answer_tokens=16,
+            row_tokens=256,
+        ),
+        parts={"vision": PartConfig(train="none"), "output": PartConfig(lr=1e-3)},
+        optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.0, warmup_steps=20),
+        train=TrainConfig(steps=150, log_every=10, checkpoint_every=75),
+        evaluate=AnswerEvaluateConfig(max_samples=825),
+    )
+
+
 ANSWER_RECIPES: dict[str, Callable[[], AnswersConfig]] = {
     "vqa_easy": vqa_easy,
     "vqa_easy_mean": vqa_easy_mean,
     "mllm_stage1": mllm_stage1,
     "mllm_stage2": mllm_stage2,
+    "mllm_output": mllm_output,
 }

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from fmray.config.base import ReportConfig, RunConfig, RuntimeConfig, Section
-from fmray.config.dialogues import DialogueDataConfig
+from fmray.config.dialogues import DialogueDataConfig, RequestSource
 from fmray.config.rlhf import LoraConfig
 from fmray.config.schema import (
     EngineConfig,
@@ -39,7 +39,7 @@ class LanguageModelConfig(Section):
     source: str
     """`asset:smollm2_135m`, a hub id, a local folder, or `arch:gpt2` with `pretrained=false`."""
     tokenizer: str | None = None
-    """Where the tokenizer is; None: with the model (an `arch:` has none). `answers`: a small one is learned from the training answers."""
+    """Where the tokenizer is; None: with the model (an `arch:` has none). `answers`: one is learned from the training answers."""
     pretrained: bool = True
     """Load the weights; False keeps the architecture alone."""
     overrides: dict[str, Any] = Field(default_factory=dict)
@@ -64,6 +64,8 @@ class VqaModelConfig(Section):
     """What does not learn: both encoders, one of them, the decoder but for its cross-attention, all but the projections."""
     image: ImageConfig = ImageConfig()
     """The picture's preparation; saved with the model and used in serving."""
+    standardize: bool = False
+    """Begin the questions' projection at states of mean 0 and deviation 1: a pretrained tower's share a large common part."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Every dropout of all three; None: as their own configurations say."""
     max_question_tokens: Annotated[int, Field(ge=2)] = 32
@@ -79,6 +81,29 @@ class ProjectorConfig(Section):
     """A matrix, two with GELU between (LLaVA 1.5), or r × r neighbours made one token and then a matrix."""
     shuffle: Annotated[int, Field(ge=1)] = 2
     """r of `pixel_shuffle`: r² times fewer tokens."""
+
+
+class OutputConfig(Section):
+    """Answers that are pictures: a routing token decides, a projector maps the states there to what a picture generator reads.
+
+    GILL (Koh et al. 2023), NExT-GPT (Wu et al. 2023) and DreamLLM (Dong et al. 2023) do so for diffusion models; the space here
+    is a dual encoder's, and its nearest picture is shown.
+    """
+
+    clip: str
+    """The dual encoder whose space is mapped to (a model, checkpoint or run folder); beside the model, not in it."""
+    tokens: Annotated[int, Field(ge=1, le=64)] = 4
+    """Routing tokens in a row. The first is the decision and is learned as a word; the others are put behind it."""
+    layers: tuple[int, ...] = (-1,)
+    """Hidden layers whose states at these tokens are read, counted from the end, side by side."""
+    hidden: Annotated[int, Field(ge=1)] = 1024
+    """Width inside the projector."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout inside the projector."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the projector's loss against the words' cross-entropy."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    """Of the projector's contrastive loss."""
 
 
 class MllmModelConfig(Section):
@@ -103,6 +128,8 @@ class MllmModelConfig(Section):
     """The picture's preparation; saved with the model and used in serving."""
     lora: LoraConfig | None = None
     """Learn an adapter of the language model instead of all its weights; it is merged into the saved model."""
+    output: OutputConfig | None = None
+    """Answer with pictures too; None: with words alone, or as `checkpoint` does."""
     template: Literal["chat", "plain"] = "chat"
     """`chat`: the tokenizer's chat template. `plain`: the texts as they are, one after the other (captions, LLaVA's stage 1)."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
@@ -157,7 +184,7 @@ class AnswersConfig(Section):
     """VQA model or multimodal LLM; `model.kind` selects."""
     parts: dict[str, PartConfig] = Field(default_factory=dict)
     """What learns, how fast, part by part. VQA: vision, text, vision_projection, text_projection, decoder.
-    LLM: vision, projector, language, cross_attention. A part that is not named learns at `optimizer.lr`."""
+    LLM: vision, projector, language, cross_attention, output. A part that is not named learns at `optimizer.lr`."""
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.01)
     """AdamW and its schedule."""
     engine: EngineConfig = EngineConfig()
@@ -180,6 +207,13 @@ class AnswersConfig(Section):
             if both:
                 cure = f"model.freeze={self.model.freeze} speaks of it already: say it in one place"
                 raise ConfigError(f"parts.{both[0]}", self.parts[both[0]].train, cure)
+        if isinstance(self.data.source, RequestSource):
+            words_alone = isinstance(self.model, VqaModelConfig) or (
+                self.model.output is None and self.model.checkpoint is None
+            )
+            if words_alone:
+                cure = "asks for pictures: set model.kind=mllm and model.output.clip"
+                raise ConfigError("data.source.kind", "requests", cure)
         counts = self.runtime.worker_counts
         if any(self.data.batch_size % count for count in counts):
             cure = f"must divide among the workers: take a multiple of {math.lcm(*counts)}"

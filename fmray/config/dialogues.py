@@ -94,6 +94,21 @@ class LabelSource(Section):
     """Questions of yes and no; {} is the right label half of the time, else another."""
 
 
+class RequestSource(Section):
+    """Requests for a picture, and ones about the same things that words answer; made by templates from image-text pairs.
+
+    Templates of the test split are not those of training, and no caption of the test split is asked for in training.
+    """
+
+    kind: Literal["requests"] = "requests"
+    pairs: SourceConfig = EmojiSource()
+    """Pictures to ask for, by their captions."""
+    languages: tuple[Literal["ko", "ja", "zh", "de", "fr", "es", "it", "pt"], ...] = ("ko", "de", "fr")
+    """Languages that names are asked for in (emoji only; other pairs have names in one language)."""
+    words: Annotated[int, Field(ge=0)] = 0
+    """So many frequent noun phrases of the movie reviews are asked for in training too: requests whose picture nobody has."""
+
+
 def dialogue_kind(value: Any) -> str:
     """The `kind` of a source of dialogues given as keys or as a section; easy_vqa where it is not said."""
     return str(value.get("kind", "easy_vqa") if isinstance(value, dict) else getattr(value, "kind", ""))
@@ -105,11 +120,12 @@ DialogueSourceConfig = Annotated[
     | Annotated[HubVqaSource, Tag("hub_vqa")]
     | Annotated[LlavaSource, Tag("llava")]
     | Annotated[CaptionSource, Tag("captions")]
-    | Annotated[LabelSource, Tag("labels")],
+    | Annotated[LabelSource, Tag("labels")]
+    | Annotated[RequestSource, Tag("requests")],
     Discriminator(dialogue_kind),
 ]
 
-DIALOGUE_KINDS = ("easy_vqa", "vqa_v2", "hub_vqa", "llava", "captions", "labels")
+DIALOGUE_KINDS = ("easy_vqa", "vqa_v2", "hub_vqa", "llava", "captions", "labels", "requests")
 
 
 class DialogueDataConfig(Section):
@@ -120,7 +136,7 @@ class DialogueDataConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Groups per optimizer step over all workers: a picture (or a set of them) with its questions, or a text without one."""
     questions_per_picture: Annotated[int, Field(ge=1)] | None = None
-    """At most so many of a group's dialogues in one step, drawn anew each epoch; None: all."""
+    """At most so many of a group's dialogues in one step, drawn anew each epoch, types in turn; None: all."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Groups in a worker's memory at once; None: its whole share. It changes no result."""
     decode_workers: Annotated[int, Field(ge=0)] = 0

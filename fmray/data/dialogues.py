@@ -1,4 +1,4 @@
-"""Where questions about pictures come from: one protocol, six kinds of data sets.
+"""Where questions about pictures come from: one protocol, seven kinds of data sets.
 
 A source is random access to dialogues, which are texts that name their pictures by key; a picture is read when it is asked for.
 Opening reads and checks all texts, so that a wrong one stops a run before it starts, and no picture.
@@ -21,6 +21,7 @@ from fmray.config.dialogues import (
     HubVqaSource,
     LabelSource,
     LlavaSource,
+    RequestSource,
     VqaV2Source,
 )
 from fmray.data.sources import Split, read_picture, some
@@ -92,6 +93,10 @@ def open_dialogues(config: DialogueSourceConfig, split: Split) -> DialogueSource
         from fmray.data.dialogues_llava import open_llava
 
         return open_llava(config, split)
+    if isinstance(config, RequestSource):
+        from fmray.data.dialogues_requests import open_requests
+
+        return open_requests(config, split)
     from fmray.data.dialogues_pairs import open_captions, open_labels
 
     assert isinstance(config, CaptionSource | LabelSource)

@@ -39,7 +39,7 @@ def open_captions(config: CaptionSource, split: Split) -> ListedDialogues:
     """
     if not config.prompts:
         raise ConfigError("data.source.prompts", [], 'give at least one; "" asks nothing')
-    source, rows = _open(config.pairs, split)
+    source, rows = captioned(config.pairs, split)
     dialogues = []
     for index, (sample, captions) in enumerate(rows):
         for place, caption in enumerate(captions if split == "train" else captions[:1]):
@@ -57,7 +57,7 @@ def open_labels(config: LabelSource, split: Split) -> ListedDialogues:
     the right one, else one of the split's others. Raises DataError, ConfigError for templates without their place.
     """
     _check_templates(config)
-    source, rows = _open(config.pairs, split)
+    source, rows = captioned(config.pairs, split)
     labels = sorted({captions[0] for _, captions in rows})
     if config.whether and len(labels) < 2:
         raise DataError(
@@ -100,7 +100,8 @@ def _drawn(choices: tuple[str, ...], name: str) -> str:
 # ------------------------------------------------------------------------------------------- captions without pictures
 
 
-def _open(config: SourceConfig, split: Split) -> tuple[Source, list[Captioned]]:
+def captioned(config: SourceConfig, split: Split) -> tuple[Source, list[Captioned]]:
+    """A source of pairs and each sample's name and captions, in order; no picture is read. Raises DataError."""
     source = open_source(config, split)
     captions = list(_captions_of(config, source))
     return source, [(source.name(index), each) for index, each in enumerate(captions)]

@@ -6,8 +6,8 @@ B dialogues  N distinct pictures  P tokens of a picture  F width of the picture 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -63,6 +63,8 @@ class Said:
     """Tokens that were read before it: a VQA model's question; a multimodal LLM's whole prompt, pictures among the words."""
     ended: bool
     """It ended by itself; False: it was cut at the longest answer."""
+    embedding_D: Tensor | None = field(default=None, compare=False)
+    """What a picture that answers should show: float32 [D], norm 1, of `output.clip`'s space; None: words are all there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +157,15 @@ def check_room(name: str, max_new_tokens: int, room: int) -> None:
         )
 
 
-def build_answering(config: AnswerModelConfig, answers: Iterable[str] = ()) -> Answering:
+def build_answering(config: AnswerModelConfig, dialogues: Sequence[Dialogue] = ()) -> Answering:
     """The model that a configuration asks for, in fp32 on the CPU. Raises ConfigError with the key.
 
-    answers: the training answers, which are read where a tokenizer is to be learned from them.
+    dialogues: the training data, read where a tokenizer is learned from them or a projection begins at their scale.
     """
     if isinstance(config, VqaModelConfig):
         from fmray.models.vqa_answering import build_vqa
 
-        return build_vqa(config, answers)
+        return build_vqa(config, dialogues)
     from fmray.models.mllm_answering import build_mllm
 
     return build_mllm(config)

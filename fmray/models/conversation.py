@@ -69,9 +69,12 @@ class Renderer:
         template: Template,
         picture_tokens: int,
         picture_id: int,
+        routing_ids: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.picture_tokens, self.picture_id = picture_tokens, picture_id
+        self.routing_ids = tuple(routing_ids)
+        """What stands for an answer that is a picture; empty where the model has words alone."""
         serial = _serial(tokenizer)
         # two copies: the switch is a state of the tokenizer, and serving reads from several threads
         self._marked, self._plain = (Tokenizer.from_str(serial) for _ in range(2))
@@ -92,7 +95,7 @@ class Renderer:
         """The whole dialogue; with `answer=False` all that stands before the last answer, which is not read.
 
         The second is the beginning of the first, token by token. Raises DataError where pictures and places for them differ
-        in number, and for a system message that the template has no place for.
+        in number, for a system message that the template has no place for, and for an answer that the model cannot give.
         """
         if dialogue.system and not self.takes_system:
             raise DataError(
@@ -118,9 +121,20 @@ class Renderer:
                     spans.append(Span((self._start_id(),)))
                 if item.turn == last and not answer:
                     break
-                ids = self._ids(dialogue.turns[item.turn].answer)
-                spans.append(Span(ids, learns=bool(ids), turn=item.turn))
+                spans += self._answer(dialogue, item.turn)
         return [span for span in spans if span.ids or span.picture is not None]
+
+    def _answer(self, dialogue: Dialogue, turn: int) -> list[Span]:
+        """Words, then the routing tokens of a picture: the first is the decision to learn, the others are put behind it."""
+        ids = self._ids(dialogue.turns[turn].answer)
+        spans = [Span(ids, learns=bool(ids), turn=turn)]
+        if dialogue.turns[turn].picture:
+            if not self.routing_ids:
+                cure = "its answer is a picture, but the model says words alone; set model.output"
+                raise DataError(f"dialogue '{dialogue.name}': {cure}")
+            first, *rest = self.routing_ids
+            spans += [Span((first,), learns=True, turn=turn), Span(tuple(rest))]
+        return spans
 
     def fitted(self, dialogue: Dialogue, max_tokens: int, *, answer: bool = True) -> list[Span]:
         """As `spans`, within max_tokens: whole turns are left out, never a part of one and never a part of a picture.
@@ -151,7 +165,8 @@ class Renderer:
 
     def _said(self, item: _Said, dialogue: Dialogue) -> list[Span]:
         """A template's piece, the end of an answer apart; an answer that is not known has no end to learn."""
-        learns = item.learned > 0 and bool(dialogue.turns[item.turn].answer)
+        turn = dialogue.turns[item.turn]
+        learns = item.learned > 0 and bool(turn.answer or turn.picture)
         end = Span(item.ids[: item.learned], learns=learns, turn=item.turn if learns else -1)
         return [end, Span(item.ids[item.learned :])]
 
@@ -164,6 +179,18 @@ class Renderer:
                     self._texts.clear()
                 self._texts[text] = ids
         return ids
+
+    def spare_id(self) -> int | None:
+        """The highest special token that neither the tokenizer nor the template has a use for; None: there is none."""
+        shapes = [(system, (0,)) for system in (False, True) if not system or self.takes_system]
+        said = {
+            i
+            for shape in shapes
+            for item in self._layout(*shape)
+            if isinstance(item, _Said)
+            for i in item.ids
+        }
+        return max(self._special - set(self.tokenizer.all_special_ids) - said, default=None)
 
     def _start_id(self) -> int:
         bos = self.tokenizer.bos_token_id

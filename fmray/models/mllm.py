@@ -24,6 +24,7 @@ from fmray.config.schema import ImageConfig
 from fmray.errors import ConfigError, DataError
 from fmray.models.answering import AnswerOutput
 from fmray.models.gated_attention import GatedLayers, Memory
+from fmray.models.output_side import OutputSide
 from fmray.models.packing import IGNORE, visible
 from fmray.models.preparation import normalized_pixels
 from fmray.models.projectors import ProjectorKind, make_projector, projected_tokens
@@ -62,6 +63,7 @@ class MllmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is unt
         max_tokens: int = 512,
         max_answer_tokens: int = 64,
         row_tokens: int | None = None,
+        output: dict[str, Any] | None = None,
         **rest: Any,
     ) -> None:
         self.vision_config = sub_config(vision_config, "vit")
@@ -77,6 +79,7 @@ class MllmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is unt
         self.template = template
         self.max_tokens, self.max_answer_tokens = max_tokens, max_answer_tokens
         self.row_tokens = row_tokens
+        self.output = output
         rest["tie_word_embeddings"] = False  # the language model ties its own
         super().__init__(**rest)
 
@@ -87,7 +90,7 @@ class MllmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is unt
 
 
 class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers is untyped here
-    """Reads pictures among words, says words. Parts: vision, projector, language and, with that fusion, cross_attention.
+    """Reads pictures among words, says words. Parts: vision, projector, language and, where asked for, cross_attention, output.
 
     `fusion="concat"`: projected pictures take the places of placeholders (LLaVA, Liu et al. 2023, equation 1). With
     `"cross_attention"` gated layers between the blocks read them (Flamingo, Alayrac et al. 2022, §2.2).
@@ -122,6 +125,7 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
         self.cross_attention: GatedLayers | None = None
         if config.fusion == "cross_attention":
             self.cross_attention = GatedLayers(self.language, config.cross_attention_every)
+        self.output = None if config.output is None else OutputSide(width, config.output)
         self.image = ImageConfig.model_validate(config.image)
         self.post_init()
 
@@ -213,7 +217,10 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
         Raises DataError where placeholders and picture tokens differ in number.
         """
         is_picture_RL = ids_RL == self.config.image_token_id
-        words_RLD: Tensor = self.get_input_embeddings()(ids_RL.masked_fill(is_picture_RL, 0))
+        outside_RL = is_picture_RL | (ids_RL >= self.config.text_config.vocab_size)
+        words_RLD: Tensor = self.get_input_embeddings()(ids_RL.masked_fill(outside_RL, 0))
+        if self.output is not None:
+            words_RLD = self.output.put(words_RLD, ids_RL)
         places = int(is_picture_RL.sum())
         tokens = 0 if blocks_KPD is None else blocks_KPD.shape[0] * blocks_KPD.shape[1]
         if places != tokens:
@@ -254,12 +261,14 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
         before: Tensor | None = None,
         logits_to_keep: int = 0,
         loss_only: bool = False,
+        reply_embeds: Tensor | None = None,
         **pictures: Any,
     ) -> AnswerOutput:
         """Logits [R, L, V] (of the last `logits_to_keep` columns; 0: all) and with labels their loss, with `loss_only` it alone.
 
         labels: int64 [R, L], unshifted, -100 where there is none; each is predicted from the column before it, or from the one
-        that `before` [R, L] names. The other arguments are those of `body`. Raises DataError where no label is given.
+        that `before` [R, L] names. reply_embeds: float [K, 2, D], what the pictures that answer should show, as words and as
+        pictures (`output_side.reply_loss`). The other arguments are those of `body`. Raises DataError where no label is given.
         """
         memory = None
         if memory_tokens is not None and memory_visible is not None:
@@ -273,6 +282,7 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
             pixel_values=pixel_values,
             past_key_values=past_key_values,
             use_cache=bool(use_cache),
+            deep=reply_embeds is not None and self.output is not None and self.output.deep,
             **pictures,
         )
         states_RLD, head = body.last_hidden_state, self.get_output_embeddings()
@@ -281,6 +291,8 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
             # only these tokens' logits: the output matrix is the largest of a small language model
             states_TD, targets_T, _ = predictions(states_RLD, labels, before)
             loss = F.cross_entropy(head(states_TD).float(), targets_T)
+            if self.output is not None and reply_embeds is not None and input_ids is not None:
+                loss = loss + self.output.loss(self.output.states(body), input_ids, reply_embeds)
             if loss_only:
                 return AnswerOutput(loss=loss)
         logits = head(states_RLD[:, -logits_to_keep:])
@@ -306,6 +318,7 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
         seen: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool = False,
+        deep: bool = False,
         **_: Any,
     ) -> Any:
         """The language model's output without its head, `last_hidden_state` float [R, L, D].
@@ -314,7 +327,7 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
         [R, L] say it for packed rows. pixel_values: uint8 [N, 3, S, S], or image_features [N, h·w, F]. picture_valid: bool
         [N], False at a picture that only keeps the tower busy. pictures: int64 [K], the picture of each block of
         placeholders; without it the valid ones, in order. memory_… and seen: as `Packed` has them, for cross-attention.
-        Raises DataError where placeholders and picture tokens differ in number.
+        deep: with the states of every layer. Raises DataError where placeholders and picture tokens differ in number.
         """
         if inputs_embeds is None:
             assert input_ids is not None, "input_ids or inputs_embeds"
@@ -325,6 +338,8 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
                     projected, memory_pictures, memory_group, memory_place, group, seen, inputs_embeds.shape
                 )
         more: dict[str, Any] = {"past_key_values": past_key_values, "use_cache": use_cache}
+        if deep:
+            more["output_hidden_states"] = True
         if self.cross_attention is not None and memory is not None:
             # gated layers find it among the arguments of the blocks
             visible_RLM = memory.visible_RLM[:, -inputs_embeds.shape[1] :]

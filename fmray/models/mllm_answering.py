@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ from fmray.config.answers import MllmModelConfig
 from fmray.config.schema import ImageConfig
 from fmray.errors import CheckpointError, DataError
 from fmray.models.answering import AnswerBatch, Limits, Said, check_room
-from fmray.models.conversation import Renderer, Span
+from fmray.models.conversation import Renderer
 from fmray.models.decoding.generate import Decoder, Sampling, generate, make_decoder
 from fmray.models.gated_attention import Memory
 from fmray.models.language import add_adapter, merged_weights
 from fmray.models.mllm import Mllm, predictions
+from fmray.models.mllm_lines import as_line, last_answer, left_padded, memory_inputs, until
+from fmray.models.mllm_output import ReplyTargets, add_output, picture_turns, shown
 from fmray.models.mllm_parts import check_lengths, new_mllm
 from fmray.models.packing import Line, Packed, pack
 from fmray.models.preparation import save_picture_preparation
@@ -53,7 +54,10 @@ class MllmAnswering:
             config.template,
             config.picture_tokens if self._in_sequence else 0,
             config.image_token_id,
+            config.output["routing_ids"] if config.output else (),
         )
+        self.reply_targets: ReplyTargets | None = None
+        """Where what pictures that answer should show comes from, in training; None: the output part learns nothing."""
         self._decoder: tuple[tuple[float, ...], Decoder] | None = None
 
     @property
@@ -76,7 +80,11 @@ class MllmAnswering:
             lines.append(as_line(dialogue, spans, pictures))
         packed = pack(lines, self.model.config.row_tokens)
         tokens = int(((packed.labels_RL != -100) & (packed.before_RL >= 0)).sum())
-        return AnswerBatch(self._inputs(packed, pictures), tokens, len(dialogues))
+        inputs = self._inputs(packed, pictures)
+        if self.model.output is not None and self.reply_targets is not None:
+            wanted = picture_turns(packed, dialogues, self.renderer.routing_ids[0])
+            inputs["reply_embeds"] = self.reply_targets(wanted)
+        return AnswerBatch(inputs, tokens, len(dialogues))
 
     def _inputs(self, packed: Packed, pictures: Pictures) -> dict[str, Tensor]:
         inputs = {
@@ -90,7 +98,7 @@ class MllmAnswering:
         }
         if self._in_sequence:
             return {**inputs, "pictures": torch.tensor(packed.pictures, dtype=torch.int64)}
-        return {**inputs, **_memory_inputs(packed)}
+        return {**inputs, **memory_inputs(packed)}
 
     def _picture_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
         """The distinct pictures; where there is none a black one that no word sees, so that each rank runs the same modules."""
@@ -144,7 +152,7 @@ class MllmAnswering:
             lines.append(as_line(dialogue, spans, pictures))
             if max_new_tokens is not None:
                 check_room(dialogue.name, longest, self.answer_room(len(lines[-1].ids)))
-        ids_BP, mask_BP = _left_padded(lines)
+        ids_BP, mask_BP = left_padded(lines)
         ids_BP, mask_BP = ids_BP.to(self.model.device), mask_BP.to(self.model.device)
         search = self._greedy if beams == 1 else self._beam_search
         with torch.inference_mode(), resting(self.model):
@@ -154,10 +162,15 @@ class MllmAnswering:
                 projected_NPD = self.model.projected(inputs.get("pixel_values"), inputs.get("image_features"))
             words_BPD, memory = self._prompts(ids_BP, mask_BP, lines, projected_NPD)
             found = search(ids_BP, mask_BP, words_BPD, memory, longest, beams)
-        return [self._said(ids, len(line.ids)) for ids, line in zip(found, lines, strict=True)]
+            embeds = shown(self.model, self._prompts, lines, found, projected_NPD)
+        return [self._said(*each) for each in zip(found, lines, embeds, strict=True)]
 
-    def _said(self, ids: Sequence[int], prompt_tokens: int) -> Said:
-        """An answer of some tokens, the last of which may be its end."""
+    def _said(self, ids: Sequence[int], line: Line, embedding_D: Tensor | None) -> Said:
+        """An answer of some tokens, the last of which may be its end; the decision for a picture is one too."""
+        prompt_tokens = len(line.ids)
+        if embedding_D is not None:
+            words = ids[: ids.index(self.renderer.routing_ids[0])]
+            return Said(self.renderer.text(words), len(words) + 1, prompt_tokens, True, embedding_D)
         ended = bool(ids) and ids[-1] == self.renderer.end_id
         words = ids[:-1] if ended else ids
         return Said(self.renderer.text(words), len(ids), prompt_tokens, ended)
@@ -213,7 +226,7 @@ class MllmAnswering:
         ids_BT = self.model.generate(
             inputs_embeds=words_BPD, attention_mask=mask_BP, generation_config=settings, **more
         )
-        return [_until(ids, end) for ids in ids_BT.tolist()]
+        return [until(ids, end) for ids in ids_BT.tolist()]
 
     def _current_decoder(self) -> Decoder:
         """The decoder, its copies of the weights renewed where the model has changed since the last answer."""
@@ -233,7 +246,7 @@ class MllmAnswering:
         lines = []
         for dialogue in dialogues:
             spans = self.renderer.fitted(dialogue, config.max_tokens)
-            lines.append(as_line(dialogue, _last_answer(dialogue, spans), pictures))
+            lines.append(as_line(dialogue, last_answer(dialogue, spans), pictures))
         packed = pack(lines, config.row_tokens or max(LIKELIHOOD_ROW, config.max_tokens))
         batch = AnswerBatch(self._inputs(packed, pictures), 0, len(dialogues)).to(self.model.device)
         inputs: dict[str, Any] = dict(batch.inputs)
@@ -291,56 +304,6 @@ class MllmAnswering:
         save_picture_preparation(self.image, folder)
 
 
-def as_line(dialogue: Dialogue, spans: Sequence[Span], pictures: Pictures) -> Line:
-    """A dialogue's spans as tokens, its pictures as rows of the batch's; raises DataError where one is not there."""
-    ids: list[int] = []
-    learns: list[bool] = []
-    starts, keys = [], []
-    for span in spans:
-        if span.picture is not None:
-            starts.append(len(ids))
-            keys.append(span.picture)
-        ids += span.ids
-        learns += [span.learns] * len(span.ids)
-    missing = [key for key in keys if key not in pictures.keys]
-    if missing:
-        raise DataError(f"dialogue '{dialogue.name}': its picture '{missing[0]}' was not given")
-    return Line(tuple(ids), tuple(learns), tuple(starts), tuple(pictures.rows(keys)))
-
-
-def _last_answer(dialogue: Dialogue, spans: Sequence[Span]) -> list[Span]:
-    """Only the last turn's answer and its end are scored; raises DataError where it did not fit."""
-    last = len(dialogue.turns) - 1
-    if not any(span.learns and span.turn == last for span in spans):
-        raise DataError(f"dialogue '{dialogue.name}': has no last answer within model.max_tokens to score")
-    return [replace(span, learns=span.learns and span.turn == last) for span in spans]
-
-
-def _left_padded(lines: Sequence[Line]) -> tuple[Tensor, Tensor]:
-    """Prompts' tokens and mask, int64 [B, P]."""
-    longest = max(len(line.ids) for line in lines)
-    ids = [[0] * (longest - len(line.ids)) + list(line.ids) for line in lines]
-    mask = [[0] * (longest - len(line.ids)) + [1] * len(line.ids) for line in lines]
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-def _memory_inputs(packed: Packed) -> dict[str, Tensor]:
-    """What words look at; at least one column, which none sees where there is no picture, so that the layers run."""
-    missing = 1 if not packed.memory_RK.shape[1] else 0
-    pads = [
-        F.pad(packed.memory_RK, (0, missing), value=-1),
-        F.pad(packed.memory_group_RK, (0, missing), value=-2),
-        F.pad(packed.memory_place_RK, (0, missing), value=0),
-    ]
-    names = ("memory_pictures", "memory_group", "memory_place")
-    return {**dict(zip(names, pads, strict=True)), "seen": packed.seen_RL}
-
-
-def _until(ids: Sequence[int], end: int) -> list[int]:
-    """Up to the end and with it; beams are filled up behind theirs."""
-    return list(ids[: ids.index(end) + 1] if end in ids else ids)
-
-
 def _fingerprint(model: Mllm) -> tuple[float, ...]:
     """Changes with the weights: counts of writes, and a few numbers of each tensor for those who write past the counts."""
     language = list(model.language.parameters())
@@ -365,6 +328,8 @@ def build_mllm(config: MllmModelConfig) -> MllmAnswering:
     for name in ("template", "max_tokens", "max_answer_tokens", "row_tokens"):
         setattr(model.config, name, getattr(config, name))
     check_lengths(model)
+    if config.output is not None:
+        add_output(model, tokenizer, config.output)
     answering = MllmAnswering(model, tokenizer)
     if config.lora is not None:
         add_adapter(model.language, config.lora, "model.lora")

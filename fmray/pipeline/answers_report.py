@@ -13,6 +13,7 @@ from fmray.config.loading import dump_json, validate
 from fmray.data.dialogues import DialogueSource, open_dialogues
 from fmray.errors import DataError
 from fmray.pipeline.charts import Line
+from fmray.pipeline.replies_report import replies_sections, replies_tiles
 from fmray.pipeline.report import render
 from fmray.pipeline.sections import (
     Answer,
@@ -67,6 +68,8 @@ def write_answers_report(folder: RunFolder) -> str:
 def answers_sections(folder: RunFolder, source: DialogueSource) -> list[Section]:
     """Curves from metrics.jsonl, the rest from evaluation.json; pictures are read from the test split that was measured."""
     evaluation = _json(folder, "evaluation.json")
+    if "replies" in evaluation:
+        return [*curves(folder.metrics()), *replies_sections(evaluation, folder.metrics(), source)]
     count = evaluation["questions"]
     galleries = [
         gallery(
@@ -92,6 +95,8 @@ def answers_sections(folder: RunFolder, source: DialogueSource) -> list[Section]
 
 def answers_tiles(evaluation: Mapping[str, Any]) -> tuple[Tile, ...]:
     """The numbers to see first."""
+    if "replies" in evaluation:
+        return replies_tiles(evaluation)
     metrics, questions = evaluation["metrics"], f"{evaluation['questions']:,} test questions"
     blind = metrics.get("eval/question_only")
     notes = {

@@ -12,17 +12,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fmray.config.answers import AnswersConfig
+from fmray.config.dialogues import RequestSource
 from fmray.data.dialogue_loader import DialogueDataset, DialogueLoader, LoadedDialogues
 from fmray.data.dialogues import DialogueSource, open_dialogues
 from fmray.evaluation.answers import evaluate_answers
+from fmray.evaluation.replies import evaluate_replies, load_clip_of
 from fmray.models.answering import AnswerBatch, Answering, build_answering
 from fmray.models.freezing import ParameterGroup, parameter_groups
+from fmray.models.mllm_answering import MllmAnswering
 from fmray.runtime.context import Context, Outcome
 from fmray.training.averaging import WeightAverage, whole_weights
 from fmray.training.checkpoint import Memory, SaveModel
 from fmray.training.course import Course
 from fmray.training.engine import Engine, make_engine
 from fmray.training.features import MEBIBYTE, FeatureCache
+from fmray.training.replies import remember_replies
 from fmray.training.schedule import noise_seed
 from fmray.training.unreadable import Unreadable
 from fmray.types import Metrics
@@ -112,8 +116,8 @@ class AnswerLearner:
 def make_learner(config: AnswersConfig, source: DialogueSource, context: Context) -> AnswerLearner:
     """Model, engine and average, fresh: every rank makes the same from the seed."""
     torch.manual_seed(config.run.seed)
-    said = (turn.answer for index in range(len(source)) for turn in source[index].turns)
-    answering = build_answering(config.model, said)
+    answering = build_answering(config.model, [source[index] for index in range(len(source))])
+    remember_replies(answering, source, context.device)
     if config.engine.activation_checkpointing:
         answering.model.activation_checkpointing_enable()
     parts, optimizer, engine = config.learning, config.optimizer, config.engine
@@ -209,9 +213,13 @@ def measure(
     started = time.perf_counter()
     answering.model.to(context.device)
     test = open_dialogues(config.data.source, "test")
-    metrics, details = evaluate_answers(
-        answering, test, config.evaluate, context, source, max_bad_share=config.data.max_bad_share
-    )
+    bad, evaluate = config.data.max_bad_share, config.evaluate
+    if isinstance(config.data.source, RequestSource):
+        assert isinstance(answering, MllmAnswering)  # another could not have learned from such a source
+        encoder = load_clip_of(answering, context.device)
+        metrics, details = evaluate_replies(answering, encoder, test, evaluate, context, max_bad_share=bad)
+    else:
+        metrics, details = evaluate_answers(answering, test, evaluate, context, source, max_bad_share=bad)
     answering.model.to("cpu")
     if context.rank == 0:
         text = json.dumps({"step": done, "metrics": metrics, **details}, indent=1, ensure_ascii=False)

@@ -1,0 +1,105 @@
+"""A whole training of a model that answers with pictures, tiny: what it learns from, what is measured, what is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fmray.config.answers import AnswersConfig
+from fmray.config.dialogues import RequestSource
+from fmray.config.loading import dump_json, validate
+from fmray.data.dialogues import open_dialogues
+from fmray.data.sources import open_source
+from fmray.data.transforms import decode_rgba
+from fmray.evaluation.embed import embed_pictures, embed_texts
+from fmray.models.answering import load_answering
+from fmray.models.mllm_answering import MllmAnswering
+from fmray.models.saved import load_dual_encoder
+from fmray.pipeline.answers_report import write_answers_report
+from fmray.runtime.run_folder import RunFolder
+from fmray.training.answers import train_answers
+from fmray.training.replies import ReplyEmbeddings
+from tests.endpoint import save_tiny_checkpoint
+from tests.tiny_mllm import tiny_mllm
+from tests.unit.data.test_dialogues_requests import shapes
+from tests.unit.evaluation.contexts import context
+
+CPU = torch.device("cpu")
+
+
+def configured(folder: Path, steps: int = 2) -> AnswersConfig:
+    plain = tiny_mllm(loud=False)
+    plain.save(plain.model.state_dict(), folder / "words")
+    save_tiny_checkpoint(folder / "clip")
+    model = {
+        **{"kind": "mllm", "checkpoint": str(folder / "words"), "max_tokens": 128, "max_answer_tokens": 6},
+        **{"output": {"clip": str(folder / "clip"), "hidden": 16}, "lora": {"rank": 4}, "row_tokens": 256},
+    }
+    keys = {
+        "run": {"name": "run", "storage": str(folder)},
+        "data": {
+            "source": shapes(folder),
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "questions_per_picture": 1,
+        },
+        "model": model,
+        "parts": {"vision": {"train": "none"}, "output": {"lr": 1e-3}},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": steps},
+        "evaluate": {"batch_size": 8},
+    }
+    return validate(AnswersConfig, keys)
+
+
+def test_targets_are_the_dual_encoders_own_embeddings(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path / "clip")
+    encoder = load_dual_encoder(str(tmp_path / "clip"), CPU)
+    source = RequestSource.model_validate(shapes(tmp_path))
+    targets = ReplyEmbeddings(encoder, open_dialogues(source, "train"))
+    wanted = [("red circle", "train/0"), ("a haunted house", ""), ("blue bar", "train/1")]
+    first = targets(wanted)
+    pairs = open_source(source.pairs, "train")
+    rgba = torch.stack([decode_rgba(pairs[i].image, encoder.image, name="x") for i in (0, 1)])
+    with torch.no_grad():
+        words, pictures = embed_texts(encoder, [text for text, _ in wanted]), embed_pictures(encoder, rgba)
+    assert torch.allclose(first[:, 0], words, atol=1e-6)
+    assert torch.allclose(first[[0, 2], 1], pictures, atol=1e-6)
+    assert first[1, 1].abs().sum() == 0
+    # remembered to the bit, whatever stands beside it: equal captions are told by equal vectors
+    assert torch.equal(targets([("blue bar", "train/1"), ("x", "")])[0], first[2])
+    assert targets([]).shape == (0, 2, 8)
+
+
+def test_a_training_from_requests_to_a_page(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    home = RunFolder.of(config.run)
+    where = context(folder=home.url)
+    home.write_text(dump_json(config), "config.json")
+    assert train_answers(config, where).finished
+    evaluation = json.loads(home.read_text("evaluation.json"))
+    metrics = evaluation["metrics"]
+    assert evaluation["questions"] == 10
+    assert {row["kind"] for row in evaluation["replies"]["kinds"]} >= {"picture", "again", "look"}
+    for kind in ("picture", "again"):
+        assert metrics[f"eval/replies/{kind}/chance/r1"] == 1 / 2
+        assert metrics[f"eval/replies/{kind}/r5"] in (0.0, 1.0)
+        assert 1 <= metrics[f"eval/replies/{kind}/mean_rank"] <= 2
+    assert 0 <= metrics["eval/routing"] <= 1
+    saved = load_answering(home.url, CPU)
+    assert isinstance(saved, MllmAnswering)
+    assert saved.model.output is not None
+    page = Path(write_answers_report(home)).read_text(encoding="utf-8")
+    assert "What came back" in page
+    assert "Decisions by kind of request" in page
+
+
+@pytest.mark.slow
+def test_it_learns_to_route(tmp_path: Path) -> None:
+    config = configured(tmp_path, steps=60)
+    train_answers(config, context(folder=RunFolder.of(config.run).url))
+    losses = [row["train/loss"] for row in RunFolder.of(config.run).metrics() if "train/loss" in row]
+    assert losses[-1] < losses[0]
