@@ -88,8 +88,6 @@ LANGUAGES = {
     **{"ko": "Korean", "ja": "Japanese", "zh": "Chinese", "de": "German", "fr": "French"},
     **{"es": "Spanish", "it": "Italian", "pt": "Portuguese"},
 }
-TEST_WORD_KINDS = 2
-"""Requests for words about each test picture; a training caption has one."""
 WORDS_PER_TELLING = 3
 """Of so many noun phrases without a picture one is asked about in words too."""
 
@@ -100,10 +98,10 @@ _NOUN_PHRASE = re.compile(
 
 
 def open_requests(config: RequestSource, split: Split) -> ListedDialogues:
-    """Requests of a split, in the order of its pictures, those for words without a picture last; called by the sample and kind.
+    """Requests of a split, in the order of its pictures, noun phrases without one last; called by the sample and the kind.
 
     A training picture brings for each caption a request for it and one that words answer, and two that show it; a test picture
-    one for it by its first caption, two that words answer, and two that show it. Raises DataError, AssetError.
+    has these for its first caption. Raises DataError, AssetError.
     """
     source, rows = captioned(config.pairs, split)
     held_out = held_out_captions(config) if split == "train" else frozenset()
@@ -117,8 +115,7 @@ def open_requests(config: RequestSource, split: Split) -> ListedDialogues:
             dialogues.append(_wanted(name, caption, split, key))
             # a translation is that of the first caption, the sample's own name
             known = translations[index] if place == 0 and caption == captions[0] else {}
-            count = 1 if split == "train" else TEST_WORD_KINDS
-            dialogues += _told(name, caption, split, known, count)
+            dialogues.append(_told(name, caption, split, known))
         if kept:
             dialogues += _shown(sample, kept[0], split, key)
     if split == "train" and config.words:
@@ -166,20 +163,16 @@ def _shown(sample: str, caption: str, split: Split, key: str) -> Iterator[Dialog
     yield Dialogue(f"{sample} {LOOK}", (key,), (look,), kind=LOOK)
 
 
-def _told(
-    name: str, caption: str, split: Split, translations: dict[str, str], count: int
-) -> Iterator[Dialogue]:
-    """So many requests that words answer, their kinds drawn by the name."""
+def _told(name: str, caption: str, split: Split, translations: dict[str, str]) -> Dialogue:
+    """A request that words answer, its kind drawn by the name."""
     kinds = [kind for kind in WORD_KINDS if kind != "translation" or translations]
-    first = text_hash(f"{name} kind")
-    for kind in (kinds[(first + step) % len(kinds)] for step in range(count)):
-        request = _template(kind, split, f"{name} {kind}")
-        language = ""
-        if kind == "translation":
-            language = sorted(translations)[text_hash(f"{name} language") % len(translations)]
-            request = request.replace("[]", LANGUAGES[language])
-        answer = _answer(kind, caption, translations.get(language, ""))
-        yield Dialogue(f"{name} {kind}", (), (Turn((request.replace("{}", caption),), answer),), kind=kind)
+    kind = kinds[text_hash(f"{name} kind") % len(kinds)]
+    request, language = _template(kind, split, f"{name} {kind}"), ""
+    if kind == "translation":
+        language = sorted(translations)[text_hash(f"{name} language") % len(translations)]
+        request = request.replace("[]", LANGUAGES[language])
+    answer = _answer(kind, caption, translations.get(language, ""))
+    return Dialogue(f"{name} {kind}", (), (Turn((request.replace("{}", caption),), answer),), kind=kind)
 
 
 def _answer(kind: str, caption: str, translation: str) -> str:
@@ -194,7 +187,7 @@ def _without_pictures(phrases: list[str]) -> Iterator[Dialogue]:
     for place, phrase in enumerate(phrases):
         yield _wanted(f"words/{phrase}", phrase, "train", "")
         if place % WORDS_PER_TELLING == 0:
-            yield from _told(f"words/{phrase}", phrase, "train", {}, 1)
+            yield _told(f"words/{phrase}", phrase, "train", {})
 
 
 def _template(kind: str, split: Split, name: str) -> str:

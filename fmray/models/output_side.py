@@ -82,25 +82,32 @@ class OutputSide(nn.Module):
 
 
 def reply_loss(embeds_KD: Tensor, targets_K2D: Tensor, temperature: float) -> Tensor:
-    """mean(1 − cos(e, text)) + InfoNCE(e, pictures), scalar; all vectors have norm 1.
+    """mean(1 − cos(e, text)) + InfoNCE(e, texts) + InfoNCE(e, pictures), scalar; all vectors have norm 1.
 
     targets_K2D: the caption's embedding, then the picture's, which is zero where nobody has it: such rows are left out of the
-    second term. It is the symmetric one of CLIP over the rows of the call; rows with equal captions share the target evenly, as
-    in `objectives.contrastive.infonce`. 0 where there is no row.
+    last term. GILL regresses to the text and contrasts with pictures; contrast with texts is ours, so that words without a
+    picture are told apart too. 0 where there is no row.
     """
     if not len(embeds_KD):
         return 0.0 * embeds_KD.sum()
     text_KD, picture_KD = targets_K2D.unbind(dim=1)
-    regression = (1 - (embeds_KD * text_KD).sum(dim=1)).mean()
+    loss = (1 - (embeds_KD * text_KD).sum(dim=1)).mean() + contrast(embeds_KD, text_KD, text_KD, temperature)
     known_K = picture_KD.abs().sum(dim=1) > 0
-    if not bool(known_K.any()):
-        return regression
-    own_ND, text_ND = embeds_KD[known_K], text_KD[known_K]
-    logits_NN = own_ND @ picture_KD[known_K].T / temperature
+    if bool(known_K.any()):
+        loss = loss + contrast(embeds_KD[known_K], picture_KD[known_K], text_KD[known_K], temperature)
+    return loss
+
+
+def contrast(embeds_ND: Tensor, others_ND: Tensor, text_ND: Tensor, temperature: float) -> Tensor:
+    """CLIP's symmetric InfoNCE over the rows of the call, scalar; rows with equal texts share the target evenly.
+
+    As `objectives.contrastive.infonce`, but over this rank's micro-batch alone: its rows differ in number from rank to rank.
+    """
+    logits_NN = embeds_ND @ others_ND.T / temperature
     same_NN = (text_ND[:, None] == text_ND[None, :]).all(dim=-1).float()
     target_NN = same_NN / same_NN.sum(dim=1, keepdim=True)
     both = [-(target_NN * logits.log_softmax(dim=1)).sum(dim=1).mean() for logits in (logits_NN, logits_NN.T)]
-    return regression + (both[0] + both[1]) / 2
+    return (both[0] + both[1]) / 2
 
 
 # ------------------------------------------------------------------------------------------------------------------- building

@@ -17,6 +17,7 @@ from fmray.models.generator import NearestPicture
 from fmray.models.mllm_answering import MllmAnswering, build_mllm
 from fmray.models.mllm_output import add_output
 from fmray.models.output_side import OutputSide, reply_loss
+from fmray.objectives.contrastive import infonce
 from fmray.types import Dialogue, Pictures, Turn
 from tests.drawing import WIDTH, Targets, drawing, request
 from tests.tiny_mllm import mllm_tokenizer, pictures, some_dialogues, tiny_mllm
@@ -154,20 +155,24 @@ def test_the_loss_by_hand() -> None:
     picture[1] = 0  # nobody has it
     loss = reply_loss(e, torch.stack([text, picture], dim=1), 0.5)
     cosine = sum(1 - float(e[i] @ text[i]) for i in range(4)) / 4
-    rows = [0, 2, 3]
-    share = {0: {0: 0.5, 2: 0.5}, 2: {0: 0.5, 2: 0.5}, 3: {3: 1.0}}
+    share = {0: {0: 0.5, 2: 0.5}, 1: {1: 1.0}, 2: {0: 0.5, 2: 0.5}, 3: {3: 1.0}}
 
-    def direction(score: Any) -> float:
+    def contrast(others: torch.Tensor, rows: list[int]) -> float:
         total = 0.0
-        for i in rows:
-            z = torch.tensor([score(i, j) for j in rows], dtype=torch.float64)
-            logp = dict(zip(rows, z.log_softmax(0).tolist(), strict=True))
-            total -= sum(weight * logp[j] for j, weight in share[i].items())
-        return total / len(rows)
+        for left, right in ((e, others), (others, e)):
+            for i in rows:
+                z = torch.stack([left[i].double() @ right[j].double() / 0.5 for j in rows])
+                logp = dict(zip(rows, z.log_softmax(0).tolist(), strict=True))
+                total -= sum(weight * logp[j] for j, weight in share[i].items())
+        return total / len(rows) / 2
 
-    there = direction(lambda i, j: float(e[i] @ picture[j]) / 0.5)
-    back = direction(lambda i, j: float(picture[i] @ e[j]) / 0.5)
-    assert float(loss) == pytest.approx(cosine + (there + back) / 2, abs=1e-5)
+    by_hand = cosine + contrast(text, [0, 1, 2, 3]) + contrast(picture, [0, 2, 3])
+    assert float(loss) == pytest.approx(by_hand, abs=1e-5)
+    # one process: the same as the loss of dual encoders
+    key_K, known = torch.tensor([0, 1, 0, 3]), torch.tensor([0, 2, 3])
+    theirs = infonce(e, text, torch.tensor(2.0), key_K)
+    theirs = theirs + infonce(e[known], picture[known], torch.tensor(2.0), key_K[known])
+    assert float(loss) == pytest.approx(cosine + float(theirs), abs=1e-5)
 
 
 def test_a_batch_of_words_costs_nothing_and_leaves_no_parameter_without_gradient(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_training_from_requests_to_a_page(tmp_path: Path) -> None:
     assert train_answers(config, where).finished
     evaluation = json.loads(home.read_text("evaluation.json"))
     metrics = evaluation["metrics"]
-    assert evaluation["questions"] == 10
+    assert evaluation["questions"] == 8
     assert {row["kind"] for row in evaluation["replies"]["kinds"]} >= {"picture", "again", "look"}
     for kind in ("picture", "again"):
         assert metrics[f"eval/replies/{kind}/chance/r1"] == 1 / 2
