@@ -80,26 +80,25 @@ def vqa_easy_mean() -> AnswersConfig:
 
 
 def mllm_stage1() -> AnswersConfig:
-    """MobileNetV2 and SmolLM2-135M, both locked; the projector between them learns from emoji and their names."""
+    """The emoji CLIP's picture tower and SmolLM2-135M, both locked; the projector between learns from emoji and their names."""
     return AnswersConfig(
         run=RunConfig(name="mllm_stage1"),
         data=DialogueDataConfig(
             source=CaptionSource(pairs=EmojiSource(aliases=False)), batch_size=32, questions_per_picture=1
         ),
         model=MllmModelConfig(
-            vision=TowerConfig(source="asset:mobilenet_v2"),
+            vision=TowerConfig(source=CLIP_RUN),
             language=LanguageModelConfig(source="asset:smollm2_135m"),
-            projector=ProjectorConfig(kind="mlp"),
-            image=ImageConfig(size=128),
+            projector=ProjectorConfig(kind="pixel_shuffle"),
             template="plain",
             max_tokens=64,
             max_answer_tokens=16,
         ),
         parts={"vision": PartConfig(train="none"), "language": PartConfig(train="none")},
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0, warmup_steps=20),
+        optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.0, warmup_steps=10),
         engine=EngineConfig(precision="bf16"),
-        train=TrainConfig(steps=600, log_every=10, checkpoint_every=300),
-        evaluate=AnswerEvaluateConfig(choices=50),
+        train=TrainConfig(steps=260, log_every=10, checkpoint_every=130),
+        evaluate=AnswerEvaluateConfig(choices=50, max_samples=200),
     )
 
 
@@ -111,7 +110,6 @@ def mllm_stage2() -> AnswersConfig:
         data=DialogueDataConfig(source=EasyVqaSource(), batch_size=8),
         model=MllmModelConfig(
             checkpoint=STAGE_1_RUN,
-            image=ImageConfig(size=128),
             lora=LoraConfig(rank=16),
             max_tokens=128,
             max_answer_tokens=8,
@@ -132,7 +130,6 @@ def mllm_output() -> AnswersConfig:
         data=DialogueDataConfig(source=RequestSource(words=4000), batch_size=64, questions_per_picture=1),
         model=MllmModelConfig(
             checkpoint=STAGE_1_RUN,
-            image=ImageConfig(size=128),
             lora=LoraConfig(rank=16),
             output=OutputConfig(clip=CLIP_RUN),
             max_tokens=128,
