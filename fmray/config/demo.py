@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from fmray.config.answers import AnswersConfig
 from fmray.config.base import RunConfig, Section
 from fmray.config.reward import RewardModelConfig
 from fmray.config.rewards import LikelihoodReward, RewardConfig
@@ -16,7 +17,11 @@ from fmray.errors import ConfigError
 
 SENTIMENT, GRAMMAR = "sentiment", "grammar"
 """Names of the two rewards that second judges stand beside."""
-Part = Literal["clip", "rlhf"]
+Part = Literal["clip", "vqa", "rlhf"]
+RUNS = ("clip", "vqa", "reward", "rlhf", "sweep")
+"""Keys of the runs."""
+NOT_ASKED = ("captions", "requests")
+"""Sources of dialogues that are no questions with an answer in words."""
 
 
 def _parts(value: Any) -> Any:
@@ -37,14 +42,20 @@ class SecondOpinionConfig(Section):
 
 
 class DemoConfig(Section):
-    """The whole road: CLIP trained, measured and served; a reward model, PPO under it, its verdict, a sweep; a report."""
+    """The whole road: CLIP and a VQA model trained, measured, served; a reward model, PPO under it, its verdict, a sweep."""
 
     run: RunConfig = RunConfig(name="demo")
     """Name, storage, seed of all parts; their runs are folders in this one."""
-    parts: Annotated[tuple[Part, ...], BeforeValidator(_parts), Field(min_length=1)] = ("clip", "rlhf")
-    """`clip`, `rlhf` or both; the report shows these."""
+    parts: Annotated[tuple[Part, ...], BeforeValidator(_parts), Field(min_length=1)] = (
+        "clip",
+        "vqa",
+        "rlhf",
+    )
+    """Some of `clip`, `vqa`, `rlhf`; the report shows these."""
     clip: PretrainConfig
     """The dual encoder."""
+    vqa: AnswersConfig
+    """The model that answers questions about pictures."""
     reward: RewardModelConfig
     """The sentiment reward model."""
     rlhf: RlhfConfig
@@ -56,7 +67,7 @@ class DemoConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for part in ("clip", "reward", "rlhf", "sweep"):
+        for part in RUNS:
             run = getattr(self, part).run
             for key in ("storage", "seed", "fresh"):
                 if getattr(run, key) != RunConfig.model_fields[key].default:
@@ -65,9 +76,15 @@ class DemoConfig(Section):
         if "://" in self.run.storage:
             cure = "the demo's page and endpoint are on this machine: give a folder"
             raise ConfigError("run.storage", self.run.storage, cure)
-        names = [getattr(self, part).run.name for part in ("clip", "reward", "rlhf", "sweep")]
+        names = [getattr(self, part).run.name for part in RUNS]
         if len(set(names)) < len(names):
             raise ConfigError("rlhf.run.name", self.rlhf.run.name, f"the parts' names must differ: {names}")
+        if self.vqa.data.source.kind in NOT_ASKED:
+            cure = "the demo asks questions: take easy_vqa, vqa_v2, hub_vqa, llava or labels"
+            raise ConfigError("vqa.data.source.kind", self.vqa.data.source.kind, cure)
+        if self.vqa.evaluate.choices is not None:
+            cure = "ranks captions, and the demo asks questions: leave it out"
+            raise ConfigError("vqa.evaluate.choices", self.vqa.evaluate.choices, cure)
         self._check_rlhf()
         return self
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fmray.config.base import RunConfig, Section
+from fmray.config.answer_recipes import vqa_easy
+from fmray.config.answers import AnswersConfig
+from fmray.config.base import RunConfig, RuntimeConfig, Section
 from fmray.config.demo import DemoConfig
 from fmray.config.recipes import clip_emoji
 from fmray.config.recipes import demo as clip_on_ray
@@ -31,6 +33,7 @@ def demo() -> DemoConfig:
     """On Ray: learners under DeepSpeed, actor pools, Ray Serve, Ray Tune; what `make demo` runs."""
     return DemoConfig(
         clip=named(clip_on_ray(), "clip"),
+        vqa=short_vqa(RuntimeConfig(kind="ray", workers=1, threads=2)),
         reward=named(reward_sentiment(), "reward"),
         rlhf=named(ppo_demo(), "ppo"),
         sweep=short_runs(SweepRuntimeConfig(kind="ray", max_concurrent=2), threads=1),
@@ -41,8 +44,19 @@ def demo_local() -> DemoConfig:
     """The same in one process, without Ray; what `make demo RUNTIME=local` runs."""
     return demo().replace(
         clip=named(clip_emoji(), "clip"),
+        vqa=short_vqa(RuntimeConfig()),
         rlhf=named(ppo_reviews(), "ppo"),
         sweep=short_runs(SweepRuntimeConfig(), threads=None),
+    )
+
+
+def short_vqa(runtime: RuntimeConfig) -> AnswersConfig:
+    """vqa_easy, stopped as soon as it sees: two minutes of steps."""
+    easy = vqa_easy()
+    return easy.replace(
+        run=RunConfig(name="vqa"),
+        runtime=runtime,
+        train=easy.train.replace(steps=400, checkpoint_every=None),
     )
 
 

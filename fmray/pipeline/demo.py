@@ -1,4 +1,4 @@
-"""The demo road: CLIP trained on real pictures, measured, served; a reward model, PPO under it, a verdict, a sweep; a report.
+"""The demo road: CLIP and a VQA model trained, measured, served; a reward model, PPO under it, a verdict, a sweep; a report.
 
 Each stage hands the next a folder or an address, nothing else.
 """
@@ -16,6 +16,7 @@ from fmray.pipeline.demo_clip import ClipPart, run_clip
 from fmray.pipeline.demo_report import write_demo_report
 from fmray.pipeline.demo_rlhf import RlhfPart, run_rlhf
 from fmray.pipeline.demo_stages import Stages, placed
+from fmray.pipeline.demo_vqa import VqaPart, run_vqa
 from fmray.runtime.machine import machine, versions
 from fmray.runtime.run_folder import RunFolder
 
@@ -27,6 +28,7 @@ class Demo:
     config: DemoConfig
     folder: Path
     clip: ClipPart | None
+    vqa: VqaPart | None
     rlhf: RlhfPart | None
     seconds: dict[str, float]
 
@@ -35,6 +37,7 @@ class Demo:
         """summary.json: everything that the report draws, as numbers."""
         return {
             "clip": self.clip.summary if self.clip else None,
+            "vqa": self.vqa.summary if self.vqa else None,
             "rlhf": self.rlhf.summary if self.rlhf else None,
             "seconds": self.seconds,
             "machine": machine(),
@@ -53,10 +56,11 @@ def run_demo(config: DemoConfig) -> Demo:
         config,
         Path(home.url),
         run_clip(runs.clip, stage) if "clip" in config.parts else None,
+        run_vqa(runs.vqa, stage) if "vqa" in config.parts else None,
         run_rlhf(runs, config.second, stage) if "rlhf" in config.parts else None,
         stage.seconds,
     )
     summary = demo.summary
     home.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "summary.json")
-    write_demo_report(summary, demo.clip, demo.rlhf, config, demo.folder)
+    write_demo_report(summary, demo.clip, demo.vqa, demo.rlhf, config, demo.folder)
     return demo

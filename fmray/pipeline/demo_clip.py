@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import base64
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,12 @@ from typing import Any
 from fmray.assets import fetch
 from fmray.config.schema import DataConfig, EmojiSource, EvaluateConfig, ParquetSource, PretrainConfig
 from fmray.data.sources import open_source
-from fmray.errors import MissingExtra, ResourceError
 from fmray.models.saved import load_dual_encoder
+from fmray.pipeline.demo_endpoint import client_of, endpoint
 from fmray.pipeline.demo_stages import Stages, run_to_its_end
 from fmray.pipeline.exhibits import exhibits
 from fmray.pipeline.sections import Gallery, Matrix
 from fmray.runtime.context import WorkerContext, choose_device, prepare_process
-from fmray.runtime.ports import free_port
 from fmray.runtime.run_folder import RunFolder
 from fmray.training.loop import pretrain
 
@@ -72,7 +68,7 @@ def run_clip(config: PretrainConfig, stage: Stages) -> ClipPart:
         run_to_its_end("CLIP", pretrain, config, config.train.steps)
     with stage("evaluation"):
         galleries = look(config)
-    with stage("endpoint"), endpoint(config, folder) as address:
+    with stage("endpoint"), endpoint(folder, config.runtime, MODEL_ID) as address:
         conversation = ask(config, address)
     return ClipPart(config, galleries, conversation)
 
@@ -90,59 +86,14 @@ def look(config: PretrainConfig) -> list[Gallery | Matrix]:
     return [*sections, *(s for s in exhibits(encoder, photos, templates, here) if isinstance(s, Matrix))]
 
 
-@contextmanager
-def endpoint(config: PretrainConfig, folder: Path) -> Iterator[str]:
-    """`fmray serve` as a user would start it, in a process of its own; yields its address once it answers."""
-    port = free_port()
-    command = [
-        *(sys.executable, "-m", "fmray.cli", "serve", f"checkpoint={folder}", f"port={port}"),
-        *(f"model_id={MODEL_ID}", f"runtime.kind={config.runtime.kind}"),
-    ]
-    with (folder / "serve.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(address, process, folder / "serve.log")
-        yield address
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def wait_until_healthy(
-    address: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 120
-) -> None:
-    """Until /health answers; raises ResourceError with the server's last line where it does not."""
-    import httpx
-
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{address}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.25)
-    last = (log.read_text(encoding="utf-8").strip().splitlines() or ["nothing was printed"])[-1]
-    raise ResourceError(f"the endpoint did not come up: {last} (whole log: {log})")
-
-
 def ask(config: PretrainConfig, address: str) -> list[dict[str, Any]]:
     """Name test pictures through the unmodified OpenAI client: embeddings of pictures and of all names, nearest first."""
-    import base64
-
-    try:
-        from openai import OpenAI
-    except ImportError:
-        raise MissingExtra("openai", "dev", "the demo's client") from None
     source = config.data.source
     plain = source.replace(aliases=False, languages=("en",)) if isinstance(source, EmojiSource) else source
     test = open_source(plain, "test")
     samples = [test[index] for index in range(min(len(test), 100))]
     names = list(dict.fromkeys(sample.captions[0] for sample in samples))
-    client = OpenAI(base_url=f"{address}/v1", api_key="none")
+    client = client_of(address)
     vectors = [row.embedding for row in client.embeddings.create(model=MODEL_ID, input=names).data]
     conversation = []
     for sample in samples[:QUESTIONS]:

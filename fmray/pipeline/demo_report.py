@@ -6,27 +6,49 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fmray.config.demo import DemoConfig
+from fmray.config.demo import RUNS, DemoConfig
 from fmray.config.loading import dump_json
 from fmray.config.schema import PretrainConfig
+from fmray.data.dialogues import DialogueSource
+from fmray.pipeline.answers_report import answers_sections
 from fmray.pipeline.charts import Line
 from fmray.pipeline.demo_clip import ClipPart
 from fmray.pipeline.demo_rlhf import RlhfPart
+from fmray.pipeline.demo_vqa import VqaPart
 from fmray.pipeline.report import write_report
 from fmray.pipeline.rlhf_report import ppo_curves, reward_model_sections, side_by_side, verdict_table
 from fmray.pipeline.scatter import Point
-from fmray.pipeline.sections import Bars, Code, LineChart, Report, ScatterChart, Section, Table, Text, Tile
+from fmray.pipeline.sections import (
+    Answer,
+    Bars,
+    Code,
+    Exhibit,
+    Gallery,
+    LineChart,
+    Report,
+    ScatterChart,
+    Section,
+    Table,
+    Text,
+    Tile,
+)
 from fmray.pipeline.sweep_report import table as trial_table
 from fmray.pipeline.sweep_report import trade_off
 from fmray.pipeline.verdict import first_and_last
 
 
 def write_demo_report(
-    summary: dict[str, Any], clip: ClipPart | None, rlhf: RlhfPart | None, config: DemoConfig, folder: Path
+    summary: dict[str, Any],
+    clip: ClipPart | None,
+    vqa: VqaPart | None,
+    rlhf: RlhfPart | None,
+    config: DemoConfig,
+    folder: Path,
 ) -> Path:
     """report.html in the demo's folder, one file that needs nothing else."""
     sections: tuple[Section, ...] = (
         *(clip_sections(clip) if clip else ()),
+        *(vqa_sections(vqa) if vqa else ()),
         *(rlhf_sections(rlhf) if rlhf else ()),
         Text("About this demo", about(config, folder)),
         Bars("Where the time went", tuple(summary["seconds"].items()), "s", "Of the last start."),
@@ -34,25 +56,29 @@ def write_demo_report(
         Table("Machine", ("", ""), tuple((key, str(value)) for key, value in summary["machine"].items())),
         Code("Resolved configuration", dump_json(config)),
     )
-    tiles = (*(clip_tiles(summary) if clip else ()), *(rlhf_tiles(summary) if rlhf else ()))
-    places = [f"{name} in {place(part)}" for name, part in (("CLIP", clip), ("PPO", rlhf)) if part]
+    tiles = (
+        *(clip_tiles(summary) if clip else ()),
+        *(vqa_tiles(summary) if vqa else ()),
+        *(rlhf_tiles(summary) if rlhf else ()),
+    )
+    ran = (("CLIP", clip), ("VQA", vqa), ("PPO", rlhf))
+    places = [f"{name} in {place(part)}" for name, part in ran if part]
     subtitle = f"{'; '.join(places)}; {summary['machine']['cpu']}; {summary['machine']['date']}"
     return write_report(Report("fmray demo", subtitle, tiles, sections), folder / "report.html")
 
 
 def about(config: DemoConfig, folder: Path) -> str:
     """Where everything lies."""
-    parts = (config.clip, config.reward, config.rlhf, config.sweep)
-    names = ", ".join(part.run.name for part in parts)
+    names = ", ".join(getattr(config, part).run.name for part in RUNS)
     return (
         f"Each part is a run of its own under {folder.name}/ ({names}), with its configuration, metrics.jsonl and "
         "checkpoints; summary.json holds this page's numbers."
     )
 
 
-def place(part: ClipPart | RlhfPart) -> str:
+def place(part: ClipPart | VqaPart | RlhfPart) -> str:
     """Where a part ran: `Ray, 2 learners, DeepSpeed ZeRO-2`."""
-    config = part.config if isinstance(part, ClipPart) else part.runs.rlhf
+    config = part.runs.rlhf if isinstance(part, RlhfPart) else part.config
     if config.runtime.kind == "local":
         where = "one process"
     else:
@@ -143,6 +169,73 @@ def conversation(turns: list[dict[str, Any]]) -> Table:
         rows,
         note,
         wide=True,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- VQA
+
+
+def vqa_sections(part: VqaPart) -> list[Section]:
+    """How it learned, what is right by type beside answers that need no picture, what is wrong, the dialogue."""
+    model, source = part.config.model, part.source
+    words = (
+        f"A model that answers ({model.kind}) learns from {part.config.data.source.kind} questions about pictures. It is "
+        "measured on pictures that it has not seen, beside two that see none: the question alone, and always the same "
+        "answer. Then it is served, and a stock client asks it."
+    )
+    return [
+        Text("VQA: questions about pictures", words),
+        *answers_sections(part.folder, source),
+        dialogue_gallery(part.conversation, source),
+    ]
+
+
+def dialogue_gallery(turns: list[dict[str, Any]], source: DialogueSource) -> Gallery:
+    """What the endpoint answered, picture by picture."""
+    by_picture: dict[str, list[dict[str, Any]]] = {}
+    for turn in turns:
+        by_picture.setdefault(turn["picture"], []).append(turn)
+    exhibits = []
+    for key, asked in by_picture.items():
+        right = sum(turn["score"] > 0 for turn in asked)
+        exhibits.append(
+            Exhibit(
+                key,
+                source.picture(key),
+                tuple(
+                    Answer(exchange(turn), turn["milliseconds"] / 1000, turn["score"] > 0) for turn in asked
+                ),
+                f"{right} of {len(asked)} right",
+                good=right == len(asked),
+            )
+        )
+    note = (
+        "Test pictures and their questions through /v1/chat/completions, each question in a request of its own; behind "
+        "the answer the seconds that the client waited for it."
+    )
+    return Gallery("The VQA endpoint, asked with the openai client", tuple(exhibits), note)
+
+
+def exchange(turn: dict[str, Any]) -> str:
+    """`what color is it? → red`, and where that is wrong what is right."""
+    said = f"{turn['question']} → {turn['said'] or '(nothing)'}"
+    return said if turn["score"] > 0 else f"{said} (right: {', '.join(turn['right'])})"
+
+
+def vqa_tiles(summary: dict[str, Any]) -> tuple[Tile, ...]:
+    """The numbers to see first."""
+    vqa, seconds = summary["vqa"], summary["seconds"]
+    results, train = vqa["results"], vqa["train"]
+    latency = sorted(turn["milliseconds"] for turn in vqa["endpoint"])
+    blind = f"{results['eval/question_only']:.3f} from the question alone, {results['eval/majority']:.3f} always the same"
+    found = [Tile("VQA, right answers", f"{results['eval/exact_match']:.3f}", blind)]
+    if "eval/exact_match/not_yes_no" in results:
+        open_ended = f"{results['eval/exact_match/not_yes_no']:.3f}"
+        found.append(Tile("VQA, open questions", open_ended, "without questions of yes and no"))
+    return (
+        *found,
+        Tile("VQA training", f"{seconds['VQA training']:.0f} s", f"{train['step_seconds']:.2f} s a step"),
+        Tile("Endpoint, one question", f"{latency[len(latency) // 2]:.0f} ms", "median, openai client"),
     )
 
 

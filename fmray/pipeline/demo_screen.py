@@ -8,8 +8,13 @@ from collections.abc import Iterator
 from fmray.pipeline.charts import number
 from fmray.pipeline.demo import Demo
 from fmray.pipeline.demo_clip import ClipPart
+from fmray.pipeline.demo_report import exchange
 from fmray.pipeline.demo_rlhf import RlhfPart
+from fmray.pipeline.demo_vqa import VqaPart
 from fmray.tuning.trials import keys_text
+
+MEASURED = ("exact_match", "question_only", "majority")
+"""Columns of the VQA model's results."""
 
 
 def screen(demo: Demo) -> str:
@@ -17,6 +22,7 @@ def screen(demo: Demo) -> str:
     lines = [
         "",
         *(clip_lines(demo.clip) if demo.clip else ()),
+        *(vqa_lines(demo.vqa) if demo.vqa else ()),
         *(rlhf_lines(demo.rlhf) if demo.rlhf else ()),
         "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in demo.seconds.items()),
         f"report:  {demo.folder / 'report.html'}",
@@ -41,6 +47,25 @@ def clip_lines(part: ClipPart) -> Iterator[str]:
     for turn in part.conversation[:4]:
         best = ", ".join(f"{a['name']} {a['cosine']:.2f}" for a in turn["answers"][:3])
         yield f"  {turn['picture']:<22} → {best}  ({turn['milliseconds']:.0f} ms)"
+    yield ""
+
+
+def vqa_lines(part: VqaPart) -> Iterator[str]:
+    """Loss, right answers by type beside those that need no picture, what the endpoint said."""
+    summary = part.summary
+    results, train = summary["results"], summary["train"]
+    yield f"VQA, {train['steps']} steps: loss {train['first_loss']:.3f} → {train['last_loss']:.3f}"
+    yield ""
+    names = ("model", "question only", "majority")
+    title = f"right answers, {summary['questions']:,} test questions"
+    yield f"{title:<42}" + "".join(f"{name:>15}" for name in names)
+    whole = {key: results[f"eval/{key}"] for key in MEASURED}
+    for kind, row in (("all", whole), *((row["kind"], row) for row in summary["kinds"])):
+        yield f"  {kind or 'untyped':<40}" + "".join(f"{row[key]:15.3f}" for key in MEASURED)
+    yield ""
+    yield "asked through the openai client:"
+    for turn in summary["endpoint"][:4]:
+        yield f"  {turn['picture']:<22} {exchange(turn)}  ({turn['milliseconds']:.0f} ms)"
     yield ""
 
 

