@@ -31,28 +31,20 @@ Arguments = Sequence[str]
 def pretrain(arguments: Arguments) -> int:
     """Train on pictures and words: a dual encoder (CLIP, SigLIP), a VQA model, a multimodal LLM."""
     config = load_task(PRETRAIN_TASKS, arguments, door="fmray pretrain")
-    if isinstance(config, AnswersConfig):
-        return answers(config)
-    from fmray.runtime.launch import launch
-    from fmray.training.loop import pretrain as work
-    from fmray.training.preflight import check_pretrain
+    from fmray.runtime.launch import Work, launch
+    from fmray.training.preflight import check_answers, check_pretrain
 
-    check_pretrain(config)
+    work: Work
+    if isinstance(config, AnswersConfig):
+        from fmray.training.answers import train_answers as work
+
+        check_answers(config)
+    else:
+        from fmray.training.loop import pretrain as work
+
+        check_pretrain(config)
     outcome = launch(work, config, steps=config.train.steps)
     say(f"{outcome.steps} steps; checkpoints and metrics in {config.run.storage}/{config.run.name}")
-    return 0 if outcome.finished else TEMPORARY_FAILURE
-
-
-def answers(config: AnswersConfig) -> int:
-    """`fmray pretrain` for a model that answers about pictures."""
-    from fmray.runtime.launch import launch
-    from fmray.training.answers import train_answers as work
-    from fmray.training.preflight import check_answers
-
-    check_answers(config)
-    outcome = launch(work, config, steps=config.train.steps)
-    place = f"{config.run.storage}/{config.run.name}"
-    say(f"{outcome.steps} steps; checkpoints, metrics and evaluation.json in {place}")
     return 0 if outcome.finished else TEMPORARY_FAILURE
 
 
@@ -148,14 +140,16 @@ def assets(arguments: Arguments) -> int:
 
 
 def benchmark(arguments: Arguments) -> int:
-    """Measure fmray beside a peer in one run: `fmray benchmark clip|ppo [--quick] [--parts …] [--results FILE]`."""
+    """Measure fmray beside a peer in one run: `fmray benchmark clip|ppo|vqa [--quick] [--parts …] [--results FILE]`."""
     name = arguments[0] if arguments else ""
     if name == "clip":
         from fmray.benchmarks.clip import run_clip as run
     elif name == "ppo":
         from fmray.benchmarks.ppo import run_ppo as run
+    elif name == "vqa":
+        from fmray.benchmarks.vqa import run_vqa as run
     else:
-        cure = "write 'clip' or 'ppo', and --help after it for its options"
+        cure = "write 'clip', 'ppo' or 'vqa', and --help after it for its options"
         raise ConfigError("benchmark", " ".join(arguments), cure)
     for row in run(arguments[1:]):
         say("  ".join(cell for cell in row.cells if cell))
