@@ -37,7 +37,7 @@ def vqa_easy() -> AnswersConfig:
     """A ViT from scratch, a frozen DistilBERT, a small GPT-2: easy-vqa's shapes in minutes on 2 cores."""
     return AnswersConfig(
         run=RunConfig(name="vqa_easy"),
-        data=DialogueDataConfig(source=EasyVqaSource(), batch_size=48, questions_per_picture=6),
+        data=DialogueDataConfig(source=EasyVqaSource(), batch_size=48, questions_per_picture=4),
         model=VqaModelConfig(
             vision=TowerConfig(
                 source="arch:vit",
@@ -68,7 +68,7 @@ def vqa_easy() -> AnswersConfig:
         ),
         optimizer=OptimizerConfig(lr=1.5e-3, weight_decay=0.01, warmup_steps=50, schedule="hold"),
         engine=EngineConfig(precision="bf16"),
-        train=TrainConfig(steps=600, log_every=10, checkpoint_every=300),
+        train=TrainConfig(steps=2000, log_every=20, checkpoint_every=500),
     )
 
 
