@@ -68,7 +68,7 @@ def vqa_easy() -> AnswersConfig:
         ),
         optimizer=OptimizerConfig(lr=1.5e-3, weight_decay=0.01, warmup_steps=50, schedule="hold"),
         engine=EngineConfig(precision="bf16"),
-        train=TrainConfig(steps=2000, log_every=20, checkpoint_every=500),
+        train=TrainConfig(steps=2600, log_every=20, checkpoint_every=500),
     )
 
 

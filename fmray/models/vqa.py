@@ -317,7 +317,8 @@ AutoModel.register(VqaConfig, VqaModel)
 
 def _rows(values: Tensor, row_of_B: Tensor | None) -> Tensor:
     """Each row's values; None: row b has values b."""
-    return values if row_of_B is None else values[row_of_B]
+    # its backward pass adds rows; that of plain indexing sorts them first
+    return values if row_of_B is None else values.index_select(0, row_of_B)
 
 
 def cross_attention_gradient_norms(model: VqaModel) -> dict[str, float]:
