@@ -103,7 +103,8 @@ class AnswerLearner:
         whole = whole_weights(self.model, self.engine, self.average)
         # buffers that are not saved (position ids) are among the weights too
         copy.model.load_state_dict(self.answering.plain_weights(whole), strict=False)
-        copy.model.eval()
+        copy.model.eval().requires_grad_(False)
+        copy.hold_locked_parts()  # nothing of it learns: each distinct question passes its tower once
         return copy
 
     def remember(self) -> Memory:
