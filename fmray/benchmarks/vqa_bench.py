@@ -31,6 +31,7 @@ from fmray.data.sources import Split
 from fmray.models.language import save_language_model
 from fmray.runtime.context import WorkerContext
 from fmray.runtime.run_folder import RunFolder
+from fmray.types import Dialogue
 
 COLORS = ("red", "green", "blue", "gray")
 SHAPES = ("circle", "square")
@@ -168,7 +169,7 @@ class _Plain:
 
 def made_up(split: str, pictures: int) -> ListedDialogues:
     """Four questions about each of so many pictures."""
-    dialogues = []
+    dialogues: list[Dialogue] = []
     for number in range(pictures):
         color, shape = COLORS[number % len(COLORS)], SHAPES[number % len(SHAPES)]
         asks = {

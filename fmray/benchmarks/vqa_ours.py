@@ -44,10 +44,9 @@ class OurLoop:
         return loop
 
     def _read_everything(self) -> None:
-        """Every picture decoded, or passed through the locked tower, before a clock runs."""
+        """Every picture decoded or passed through its locked tower, questions through theirs, as in any epoch but the first."""
         loaded = self.dataset.__getitems__(list(range(len(self.dataset.groups))))
-        if self.learner.features is not None:
-            self.learner.features.pictures(loaded.pictures.keys)
+        self.learner.batches(loaded, self.config, self.context)
 
     @property
     def answering(self) -> VqaAnswering:

@@ -11,6 +11,7 @@ import uuid
 from fastapi import APIRouter
 
 from fmray.config.schema import ServeConfig
+from fmray.errors import RequestError
 from fmray.models.answering import Said
 from fmray.serving.chat_engine import AnswerCapabilities
 from fmray.serving.chat_schemas import (
@@ -59,6 +60,9 @@ class ChatRoutes:
         length, option = body.longest
         dialogue, images = await self._runner.on_cpu(read_conversation, body.messages, self._limits)
         (said,) = await self._runner.answer([ChatAsk(dialogue, images, length, option)])
+        if said.embedding_D is not None:
+            message = "the answer is a picture, which this endpoint does not send; ask for words"
+            raise RequestError(400, "unsupported_output", message, "messages")
         choice = Choice(
             message=AnswerMessage(content=said.text), finish_reason="stop" if said.ended else "length"
         )
