@@ -45,6 +45,11 @@ def pretrain(arguments: Arguments) -> int:
         check_pretrain(config)
     outcome = launch(work, config, steps=config.train.steps)
     say(f"{outcome.steps} steps; checkpoints and metrics in {config.run.storage}/{config.run.name}")
+    if outcome.finished and isinstance(config, AnswersConfig):
+        from fmray.pipeline.answers_report import write_answers_report
+        from fmray.runtime.run_folder import RunFolder
+
+        say(f"measured on the test split: {write_answers_report(RunFolder.of(config.run))}")
     return 0 if outcome.finished else TEMPORARY_FAILURE
 
 

@@ -44,6 +44,7 @@ def test_it_learns_saves_measures_and_answers(tmp_path: Path, make: Any) -> None
     folder = tmp_path / "runs" / "run"
     found = json.loads((folder / "evaluation.json").read_text())
     assert found["step"] == 40
+    assert "Wrong answers" in (folder / "report.html").read_text(encoding="utf-8")
     assert {"eval/exact_match", "eval/question_only", "eval/majority"} <= found["metrics"].keys()
     answering = load_answering(str(folder), CPU)
     test = open_dialogues(configured(keys).data.source, "test")
