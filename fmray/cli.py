@@ -10,19 +10,19 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from fmray.config.answers import AnswersConfig
+from fmray.config.answers import AnswersConfig, AnswersEvaluateRunConfig
 from fmray.config.demo import DemoConfig
 from fmray.config.demo_recipes import DEMO_RECIPES
 from fmray.config.loading import HelpRequested, load_config, load_task
-from fmray.config.recipes import EVALUATE_RECIPES, SERVE_RECIPES
+from fmray.config.recipes import SERVE_RECIPES
 from fmray.config.reward import RewardModelConfig
 from fmray.config.reward_recipes import REWARD_MODEL_RECIPES
 from fmray.config.rlhf import RlhfConfig
 from fmray.config.rlhf_recipes import RLHF_RECIPES
-from fmray.config.schema import EvaluateRunConfig, ServeConfig
+from fmray.config.schema import ServeConfig
 from fmray.config.sweep import SweepConfig
 from fmray.config.sweep_recipes import SWEEP_RECIPES
-from fmray.config.tasks import PRETRAIN_TASKS
+from fmray.config.tasks import EVALUATE_TASKS, PRETRAIN_TASKS
 from fmray.errors import TEMPORARY_FAILURE, ConfigError, FmrayError
 
 Arguments = Sequence[str]
@@ -93,12 +93,16 @@ def sweep(arguments: Arguments) -> int:
 
 
 def evaluate(arguments: Arguments) -> int:
-    """Measure a saved model: retrieval on a test split."""
-    config = load_config(EvaluateRunConfig, EVALUATE_RECIPES, arguments, door="fmray evaluate")
-    from fmray.evaluation.embed import evaluate as work
-    from fmray.runtime.launch import launch
+    """Measure a saved model on a test split: retrieval, or with task=answers its answers beside blind baselines."""
+    config = load_task(EVALUATE_TASKS, arguments, door="fmray evaluate")
+    from fmray.runtime.launch import Work, launch
     from fmray.runtime.run_folder import RunFolder
 
+    work: Work
+    if isinstance(config, AnswersEvaluateRunConfig):
+        from fmray.evaluation.answer_run import evaluate_saved as work
+    else:
+        from fmray.evaluation.embed import evaluate as work
     launch(work, config)
     folder = RunFolder.of(config.run)
     for name, value in json.loads(folder.read_text("evaluation.json"))["metrics"].items():

@@ -13,15 +13,15 @@ from fmray.cli import DOORS
 from fmray.config.demo import DemoConfig
 from fmray.config.demo_recipes import DEMO_RECIPES
 from fmray.config.loading import load_config, load_task
-from fmray.config.recipes import EVALUATE_RECIPES, SERVE_RECIPES
+from fmray.config.recipes import SERVE_RECIPES
 from fmray.config.reward import RewardModelConfig
 from fmray.config.reward_recipes import REWARD_MODEL_RECIPES
 from fmray.config.rlhf import RlhfConfig
 from fmray.config.rlhf_recipes import RLHF_RECIPES
-from fmray.config.schema import EvaluateRunConfig, ServeConfig
+from fmray.config.schema import ServeConfig
 from fmray.config.sweep import SweepConfig
 from fmray.config.sweep_recipes import SWEEP_RECIPES
-from fmray.config.tasks import PRETRAIN_TASKS
+from fmray.config.tasks import EVALUATE_TASKS, PRETRAIN_TASKS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "rlhf": lambda words: load_config(RlhfConfig, RLHF_RECIPES, words, door="rlhf"),
     "sweep": lambda words: swept(load_config(SweepConfig, SWEEP_RECIPES, words, door="sweep")),
     "demo": lambda words: load_config(DemoConfig, DEMO_RECIPES, ["--recipe", "demo", *words], door="demo"),
-    "evaluate": lambda words: load_config(EvaluateRunConfig, EVALUATE_RECIPES, words, door="evaluate"),
+    "evaluate": lambda words: load_task(EVALUATE_TASKS, words, door="evaluate"),
     "serve": lambda words: load_config(ServeConfig, SERVE_RECIPES, words, door="serve"),
 }
 

@@ -167,6 +167,25 @@ class AnswerEvaluateConfig(Section):
     """Wrong answers kept with their pictures, for the report."""
 
 
+class AnswersEvaluateRunConfig(Section):
+    """A whole evaluation of a saved model that answers about pictures."""
+
+    task: Literal["answers"] = "answers"
+    """What tells this configuration from that of pairs (`fmray evaluate` reads both)."""
+    checkpoint: str
+    """A model folder, a checkpoint folder, or a run folder (its last good checkpoint)."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Local or Ray, workers, devices."""
+    run: RunConfig = RunConfig(name="evaluate")
+    """Where the results are written."""
+    report: ReportConfig = ReportConfig()
+    """Where metrics go."""
+    data: DialogueDataConfig = DialogueDataConfig()
+    """Data set to measure on: its test split; the blind baselines learn from its training split."""
+    evaluate: AnswerEvaluateConfig = AnswerEvaluateConfig()
+    """How."""
+
+
 class AnswersConfig(Section):
     """A whole training of a model that answers about pictures."""
 

@@ -298,6 +298,8 @@ class PretrainConfig(Section):
 class EvaluateRunConfig(Section):
     """A whole evaluation of a saved model."""
 
+    task: Literal["pairs"] = "pairs"
+    """What tells this configuration from those of other models (`fmray evaluate` reads them all)."""
     checkpoint: str
     """A model folder, a checkpoint folder, or a run folder (its last good checkpoint)."""
     runtime: RuntimeConfig = RuntimeConfig()

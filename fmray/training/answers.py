@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,14 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fmray.config.answers import AnswersConfig
-from fmray.config.dialogues import RequestSource
 from fmray.data.dialogue_loader import DialogueDataset, DialogueLoader, LoadedDialogues
 from fmray.data.dialogues import DialogueSource, open_dialogues
-from fmray.evaluation.answers import evaluate_answers
-from fmray.evaluation.replies import evaluate_replies, load_clip_of
+from fmray.evaluation.answer_run import measure
 from fmray.models.answering import AnswerBatch, Answering, build_answering
 from fmray.models.freezing import ParameterGroup, parameter_groups
-from fmray.models.mllm_answering import MllmAnswering
 from fmray.runtime.context import Context, Outcome
 from fmray.training.averaging import WeightAverage, whole_weights
 from fmray.training.checkpoint import Memory, SaveModel
@@ -49,7 +45,7 @@ def train_answers(config: AnswersConfig, context: Context) -> Outcome:
         config.train,
         context,
         export=learner.exported,
-        evaluate=lambda done, exported: measure(done, exported, source, config, context),
+        evaluate=lambda done, exported: measure(done, exported, config.data, config.evaluate, context),
         saver=saver,
     )
     first = course.resume()
@@ -210,29 +206,7 @@ class Watch:
 # ------------------------------------------------------------------------------------------------------- what comes out
 
 
-def measure(
-    done: int, answering: Answering, source: DialogueSource, config: AnswersConfig, context: Context
-) -> Metrics:
-    """Answers to the test split beside the baselines, written to `evaluation.json` too."""
-    started = time.perf_counter()
-    answering.model.to(context.device)
-    test = open_dialogues(config.data.source, "test")
-    bad, evaluate = config.data.max_bad_share, config.evaluate
-    if isinstance(config.data.source, RequestSource):
-        assert isinstance(answering, MllmAnswering)  # another could not have learned from such a source
-        encoder = load_clip_of(answering, context.device)
-        metrics, details = evaluate_replies(answering, encoder, test, evaluate, context, max_bad_share=bad)
-    else:
-        metrics, details = evaluate_answers(answering, test, evaluate, context, source, max_bad_share=bad)
-    answering.model.to("cpu")
-    if context.rank == 0:
-        text = json.dumps({"step": done, "metrics": metrics, **details}, indent=1, ensure_ascii=False)
-        context.folder.write_text(text + "\n", "evaluation.json")
-    return metrics | {"time/evaluate": time.perf_counter() - started}
-
-
 def saver(answering: Answering) -> SaveModel:
     """Writes the folder that `load_answering` opens and an endpoint serves."""
     weights = {name: value.cpu() for name, value in answering.model.state_dict().items()}
-
     return partial(answering.save, weights)

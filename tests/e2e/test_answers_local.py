@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fmray.cli import door, pretrain
+from fmray.cli import door, evaluate, pretrain
 from fmray.config.answers import AnswersConfig
 from fmray.data.dialogue_loader import decoded_pictures
 from fmray.data.dialogues import open_dialogues
@@ -31,6 +31,11 @@ def run(folder: Path, name: str, keys: dict[str, Any]) -> list[float]:
     return losses(folder, name)
 
 
+def write_json(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
 def near(ours: list[float], theirs: list[float], tolerance: float) -> None:
     assert len(ours) == len(theirs)
     assert max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True)) <= tolerance
@@ -46,6 +51,11 @@ def test_it_learns_saves_measures_and_answers(tmp_path: Path, make: Any) -> None
     assert found["step"] == 40
     assert "Wrong answers" in (folder / "report.html").read_text(encoding="utf-8")
     assert {"eval/exact_match", "eval/question_only", "eval/majority"} <= found["metrics"].keys()
+    again = [f"checkpoint={folder}", f"run.storage={tmp_path}/runs", "task=answers", "runtime.threads=1"]
+    source = write_json(tmp_path / "source.json", {"data": {"source": keys["data"]["source"]}})
+    assert door(evaluate, [*again, "--config", str(source)]) == 0
+    measured = json.loads((tmp_path / "runs" / "evaluate" / "evaluation.json").read_text())
+    assert measured["metrics"] == found["metrics"]
     answering = load_answering(str(folder), CPU)
     test = open_dialogues(configured(keys).data.source, "test")
     dialogue = test[0]
