@@ -57,6 +57,7 @@ def short_vqa(runtime: RuntimeConfig) -> AnswersConfig:
         run=RunConfig(name="vqa"),
         runtime=runtime,
         train=easy.train.replace(steps=400, checkpoint_every=None),
+        evaluate=easy.evaluate.replace(max_samples=2000),
     )
 
 
