@@ -56,7 +56,7 @@ def short_vqa(runtime: RuntimeConfig) -> AnswersConfig:
     return easy.replace(
         run=RunConfig(name="vqa"),
         runtime=runtime,
-        train=easy.train.replace(steps=400, checkpoint_every=None),
+        train=easy.train.replace(steps=1200, checkpoint_every=None),
         evaluate=easy.evaluate.replace(max_samples=2000),
     )
 
