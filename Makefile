@@ -20,7 +20,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
-demo: $(STAMP) ## CLIP trained and served, a reward model, PPO, a sweep, a report (RUNTIME=local: without Ray)
+demo: $(STAMP) ## CLIP and a VQA model trained and served, a reward model, PPO, a sweep, a report (RUNTIME=local: without Ray)
 ifeq ($(RUNTIME),local)
 	$(RUN) -m fmray.cli demo --recipe demo_local run.fresh=true
 else
