@@ -23,7 +23,7 @@ from fmray.runtime.metrics import (
 )
 from fmray.runtime.ports import bind, free_port
 from fmray.runtime.run_folder import RunFolder
-from fmray.training import loop
+from fmray.training.schedule import due
 
 STEP = {"train/loss": 1.5, "train/images_per_second": 10.0}
 EVALUATION = {"eval/ko/image_to_text/r5": 0.25}
@@ -120,5 +120,5 @@ def test_the_loops_report_the_names_of_the_table(tmp_path: Path) -> None:
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     names = {name for line in lines for name in line if family_of(name) is None} - {"step", "time"}
     assert names == set(METRICS)
-    assert loop.due(4, 2)
-    assert not loop.due(4, None)
+    assert due(4, 2)
+    assert not due(4, None)
