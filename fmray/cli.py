@@ -19,7 +19,7 @@ from fmray.config.reward import RewardModelConfig
 from fmray.config.reward_recipes import REWARD_MODEL_RECIPES
 from fmray.config.rlhf import RlhfConfig
 from fmray.config.rlhf_recipes import RLHF_RECIPES
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.config.sweep import SweepConfig
 from fmray.config.sweep_recipes import SWEEP_RECIPES
 from fmray.config.tasks import EVALUATE_TASKS, PRETRAIN_TASKS

@@ -19,10 +19,10 @@ from fmray.config.schema import (
     PretrainConfig,
     RunConfig,
     RuntimeConfig,
-    ServeConfig,
     TowerConfig,
     TrainConfig,
 )
+from fmray.config.serving import ServeConfig
 
 
 def clip_emoji() -> PretrainConfig:

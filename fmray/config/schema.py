@@ -50,7 +50,6 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "Section",
-    "ServeConfig",
     "SourceConfig",
     "TowerConfig",
     "TrainConfig",
@@ -312,36 +311,3 @@ class EvaluateRunConfig(Section):
     """Data set to measure on (its test split)."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """How."""
-
-
-class ServeConfig(Section):
-    """An endpoint for a saved model."""
-
-    checkpoint: str
-    """A model folder, a checkpoint folder, or a run folder (its last good checkpoint)."""
-    runtime: RuntimeConfig = RuntimeConfig()
-    """`local`: uvicorn in this process; `ray`: a Ray Serve application."""
-    model_id: str | None = None
-    """Name under which clients ask for the model; None: by its kind fmray-clip, fmray-vqa or fmray-mllm."""
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    """Port to listen on."""
-    replicas: Annotated[int, Field(ge=1)] = 1
-    """Copies of the model (Ray)."""
-    max_inputs: Annotated[int, Field(ge=1)] = 2048
-    """Texts and images in one request."""
-    max_images: Annotated[int, Field(ge=1)] = 16
-    """Images in one conversation (chat)."""
-    max_body_mib: Annotated[int, Field(ge=1)] = 20
-    """Size of a request's body."""
-    max_image_mib: Annotated[int, Field(ge=1)] = 10
-    """Size of one encoded image."""
-    max_image_megapixels: Annotated[float, Field(gt=0)] = 40.0
-    """Pixels of one image, by its header, before it is decoded."""
-    max_labels: Annotated[int, Field(ge=1)] = 1000
-    """Labels in one classification."""
-
-    def named(self, kind: str) -> Self:
-        """The same with a `model_id`: its own, or that of this kind of model."""
-        return self if self.model_id is not None else self.replace(model_id=f"fmray-{kind}")

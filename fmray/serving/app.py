@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 
 import fmray
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.serving.asks import Ask
 from fmray.serving.border import Border, install_error_answers
 from fmray.serving.chat_engine import ChatEngine

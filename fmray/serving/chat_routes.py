@@ -10,7 +10,7 @@ import uuid
 
 from fastapi import APIRouter
 
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.errors import RequestError
 from fmray.models.answering import Said
 from fmray.serving.chat_engine import AnswerCapabilities

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import fsspec
 import torch
 
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.errors import CheckpointError, require_package
 from fmray.manifest import find_model_folder
 from fmray.runtime.context import choose_device, stop_on_sigterm

@@ -13,7 +13,7 @@ import torch
 from fastapi import APIRouter, Response
 from torch.nn import functional as F
 
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.errors import RequestError
 from fmray.serving.asks import Ask, ImageAsk, Modality, read_asks
 from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from fastapi import APIRouter
 
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.errors import RequestError
 from fmray.serving.engines import KINDS, Capabilities
 from fmray.serving.schemas import Health, ModelFacts, ModelList, ModelObject

@@ -20,7 +20,8 @@ import httpx
 import openai
 import pytest
 
-from fmray.config.schema import RuntimeConfig, ServeConfig
+from fmray.config.schema import RuntimeConfig
+from fmray.config.serving import ServeConfig
 from fmray.runtime.ports import free_port
 from fmray.serving.deploy import serve
 from tests.endpoint import data_url, picture, save_tiny_checkpoint
@@ -29,7 +30,7 @@ RED, BLUE = data_url(picture("red")), data_url(picture("blue", kind="JPEG"), "im
 
 DOOR = """
 import sys
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.serving.deploy import serve
 serve(ServeConfig.model_validate_json(sys.argv[1]))
 print("ended")

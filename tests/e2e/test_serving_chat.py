@@ -12,7 +12,8 @@ import openai
 import pytest
 import torch
 
-from fmray.config.schema import RuntimeConfig, ServeConfig
+from fmray.config.schema import RuntimeConfig
+from fmray.config.serving import ServeConfig
 from fmray.models.answering import Said, load_answering
 from fmray.runtime.ports import free_port
 from fmray.serving.images import pixels_of

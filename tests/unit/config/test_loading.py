@@ -12,7 +12,8 @@ import pytest
 
 from fmray.config.loading import HelpRequested, dump_json, load_config, merge, validate
 from fmray.config.recipes import PRETRAIN_RECIPES
-from fmray.config.schema import EvaluateRunConfig, PretrainConfig, Section, ServeConfig
+from fmray.config.schema import EvaluateRunConfig, PretrainConfig, Section
+from fmray.config.serving import ServeConfig
 from fmray.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent.parent

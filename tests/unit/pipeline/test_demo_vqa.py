@@ -12,7 +12,7 @@ from fmray.config.answers import AnswerEvaluateConfig, AnswersConfig
 from fmray.config.base import RunConfig
 from fmray.config.data import JsonlSource
 from fmray.config.dialogues import DialogueDataConfig, LabelSource
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.data.dialogue_loader import decoded_pictures
 from fmray.data.dialogues import ListedDialogues, open_dialogues
 from fmray.errors import DataError

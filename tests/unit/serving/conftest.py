@@ -9,7 +9,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.serving.deploy import build_model_app
 from tests.endpoint import save_answering, save_tiny_checkpoint, serving
 from tests.tiny_mllm import tiny_mllm

@@ -12,7 +12,7 @@ import openai
 import pytest
 import torch
 
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.serving.app import build_embedding_app
 from fmray.serving.asks import Ask
 from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities

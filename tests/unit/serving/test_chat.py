@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.models.answering import Said, load_answering
 from fmray.serving.chat_engine import AnswerEngine
 from fmray.serving.conversations import ChatAsk

@@ -11,7 +11,7 @@ import torch
 from fastapi import FastAPI
 from safetensors.torch import save_file
 
-from fmray.config.schema import ServeConfig
+from fmray.config.serving import ServeConfig
 from fmray.errors import CheckpointError
 from fmray.models.answering import load_answering
 from fmray.serving.app import build_chat_app

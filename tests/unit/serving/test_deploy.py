@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fmray.config.schema import RuntimeConfig, ServeConfig
+from fmray.config.schema import RuntimeConfig
+from fmray.config.serving import ServeConfig
 from fmray.errors import CheckpointError, ResourceError
 from fmray.runtime.ports import bind, free_port
 from fmray.serving.deploy import serve
@@ -53,7 +54,8 @@ class Missing(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] == {package!r}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Missing())
-from fmray.config.schema import RuntimeConfig, ServeConfig
+from fmray.config.schema import RuntimeConfig
+from fmray.config.serving import ServeConfig
 from fmray.errors import MissingExtra
 from fmray.serving.deploy import serve
 try:
