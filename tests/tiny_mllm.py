@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MobileNetV2Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -62,13 +64,16 @@ def mllm_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
 
 
 def tiny_language(kind: str = "llama", dropout: float = 0.0) -> PreTrainedModel:
-    """Four blocks of width 32 with tied embeddings; Llama with grouped queries."""
+    """Four blocks of width 32 with tied embeddings; Llama and Mistral with grouped queries."""
     if kind == "gpt2":
         noise = {"embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
         sizes = {"n_positions": 512, "n_embd": 32, "n_layer": 4, "n_head": 4}
         return GPT2LMHeadModel(GPT2Config(vocab_size=320, bos_token_id=0, eos_token_id=0, **sizes, **noise))
-    return LlamaForCausalLM(
-        LlamaConfig(
+    of_model, of_config = (
+        (MistralForCausalLM, MistralConfig) if kind == "mistral" else (LlamaForCausalLM, LlamaConfig)
+    )
+    return of_model(
+        of_config(
             vocab_size=320,
             hidden_size=32,
             intermediate_size=48,

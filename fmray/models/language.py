@@ -226,7 +226,8 @@ def response_logits(model: PreTrainedModel, states_ND: Tensor) -> Tensor:
     """The vocabulary's logits of some states, [N, V] in the precision of the output matrix's product."""
     if getattr(model.config, "scale_decoder_outputs", False):
         states_ND = states_ND * model.config.d_model**-0.5
-    logits: Tensor = model.get_output_embeddings()(states_ND)
+    said: Any = model.said_next if model.config.model_type == MLLM else model.get_output_embeddings()
+    logits: Tensor = said(states_ND)
     return logits
 
 

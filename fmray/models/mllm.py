@@ -285,18 +285,23 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
             deep=reply_embeds is not None and self.output is not None and self.output.deep,
             **pictures,
         )
-        states_RLD, head = body.last_hidden_state, self.get_output_embeddings()
+        states_RLD = body.last_hidden_state
         loss = None
         if labels is not None:
             # only these tokens' logits: the output matrix is the largest of a small language model
             states_TD, targets_T, _ = predictions(states_RLD, labels, before)
-            loss = F.cross_entropy(head(states_TD).float(), targets_T)
+            loss = F.cross_entropy(self.said_next(states_TD).float(), targets_T)
             if self.output is not None and reply_embeds is not None and input_ids is not None:
                 loss = loss + self.output.loss(self.output.states(body), input_ids, reply_embeds)
             if loss_only:
                 return AnswerOutput(loss=loss)
-        logits = head(states_RLD[:, -logits_to_keep:])
+        logits = self.said_next(states_RLD[:, -logits_to_keep:])
         return AnswerOutput(loss=loss, logits=logits, past_key_values=body.past_key_values)
+
+    def said_next(self, states_NF: Tensor) -> Tensor:
+        """Logits of the token behind some states, [..., V]: the output matrix's, the decision for a picture its own."""
+        logits_NV: Tensor = self.get_output_embeddings()(states_NF)
+        return logits_NV if self.output is None else self.output.decided(logits_NV, states_NF)
 
     def body(
         self,

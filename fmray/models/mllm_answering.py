@@ -260,11 +260,11 @@ class MllmAnswering:
 
     def _logp(self, states_TD: Tensor, targets_T: Tensor) -> Tensor:
         """Log-probability of each token, float32 [T], the whole vocabulary of some at a time."""
-        head = self.model.get_output_embeddings()
         pieces = []
         for start in range(0, len(targets_T), LOGITS_AT_ONCE):
             some = slice(start, start + LOGITS_AT_ONCE)
-            pieces.append(-F.cross_entropy(head(states_TD[some]).float(), targets_T[some], reduction="none"))
+            logits_TV = self.model.said_next(states_TD[some]).float()
+            pieces.append(-F.cross_entropy(logits_TV, targets_T[some], reduction="none"))
         return torch.cat(pieces)
 
     # -------------------------------------------------------------------------------------------------------------- on disk
@@ -306,9 +306,9 @@ class MllmAnswering:
 
 def _fingerprint(model: Mllm) -> tuple[float, ...]:
     """Changes with the weights: counts of writes, and a few numbers of each tensor for those who write past the counts."""
-    language = list(model.language.parameters())
-    writes = sum(parameter._version for parameter in language)
-    samples = [p.detach().flatten()[:: max(1, p.numel() // 8)].float().sum() for p in language if p.numel()]
+    speaking = [*model.language.parameters(), *(model.output.decision.parameters() if model.output else ())]
+    writes = sum(parameter._version for parameter in speaking)
+    samples = [p.detach().flatten()[:: max(1, p.numel() // 8)].float().sum() for p in speaking if p.numel()]
     return (float(writes), *torch.stack(samples).tolist())
 
 

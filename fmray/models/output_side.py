@@ -3,6 +3,8 @@
 GILL's scheme (Koh et al. 2023, "Generating Images with Multimodal Language Models", §3): tokens [IMG1]…[IMGk] with embeddings of
 their own, of which the model learns to say the first; a mapper from the states there to the generator's space, learned by
 regression to the embedding of the caption and by contrast with pictures. The space here is a dual encoder's (`generator.py`).
+The decision has an output row of its own too: beside an adapter the output matrix is frozen, and no state points to the row of a
+token that nobody ever said.
 
 K pictures that answer  k routing tokens  F width of the words  D width of the generator's space  R rows  L columns
 """
@@ -23,7 +25,10 @@ ROUTING_TOKEN = "<|picture|>"
 
 
 class OutputSide(nn.Module):
-    """Routing tokens as the language model reads them, and the projector from its states there. ZeRO-3: used by calls alone."""
+    """Routing tokens as the language model reads them, the decision as it says it, and the projector from its states there.
+
+    ZeRO-3: used by calls alone.
+    """
 
     def __init__(self, width: int, config: dict[str, Any]) -> None:
         super().__init__()
@@ -31,7 +36,9 @@ class OutputSide(nn.Module):
         self.weight, self.temperature = float(config["weight"]), float(config["temperature"])
         self.ids = tuple(config["routing_ids"])
         states = width * len(self.layers)
-        self.tokens = nn.Embedding(self.count, width)
+        self.tokens, self.decision = nn.Embedding(self.count, width), nn.Linear(width, 1)
+        nn.init.zeros_(self.decision.weight)
+        nn.init.zeros_(self.decision.bias)
         self.norm, self.score = nn.LayerNorm(states), nn.Linear(states, 1)
         self.up, self.down = nn.Linear(states, config["hidden"]), nn.Linear(config["hidden"], config["width"])
         self.dropout = nn.Dropout(config["dropout"])
@@ -55,6 +62,11 @@ class OutputSide(nn.Module):
         place_RL = self.places(ids_RL)
         own_RLF = self.tokens(place_RL.clamp(min=0)).to(words_RLF.dtype)
         return torch.where(place_RL.unsqueeze(-1) >= 0, own_RLF, words_RLF)
+
+    def decided(self, logits_NV: Tensor, states_NF: Tensor) -> Tensor:
+        """The vocabulary's logits with the decision's own in its column, in place; states: the last layer's, [..., F]."""
+        logits_NV[..., self.ids[0]] = self.decision(states_NF).squeeze(-1).to(logits_NV.dtype)
+        return logits_NV
 
     @property
     def deep(self) -> bool:

@@ -43,8 +43,9 @@ class CausalDecoder(ABC):
     layers: int
     head: Matrix
 
-    def __init__(self, model: Any, precision: Precision) -> None:
-        self._model, self.precision = model, precision
+    def __init__(self, model: Any, precision: Precision, replaced: tuple[int, Any] | None = None) -> None:
+        """replaced: a token and the layer that says its logit in the place of the output matrix's row."""
+        self._model, self.precision, self.replaced = model, precision, replaced
         self._kv, self._filled = KeyValues([], []), 0
         self._hidden_BL: Tensor | None = None
         self.refresh()

@@ -72,22 +72,25 @@ def make_decoder(model: Any, precision: Precision = "fp32") -> Decoder:
     """
     if precision not in DTYPES:
         raise ConfigError("precision", precision, f"must be one of {', '.join(DTYPES)}")
-    model = base_model(model)
+    whole = model = base_model(model)
+    replaced = None
     if model.config.model_type == "fmray_mllm":
         if model.cross_attention is not None:
             return CrossAttentionDecoder(model, precision)
+        if model.output is not None:
+            replaced = model.output.ids[0], model.output.decision
         model = base_model(model.language)  # what it says; its pictures come among the prompt's words
     kind = model.config.model_type
     if kind == "t5":
         return T5Decoder(model, precision)
     if kind == "gpt2":
-        return Gpt2Decoder(model, precision)
+        return Gpt2Decoder(model, precision, replaced)
     if kind == "llama" or (kind == "qwen2" and set(model.config.layer_types) == {"full_attention"}):
-        return LlamaDecoder(model, precision)
+        return LlamaDecoder(model, precision, replaced)
     return (
         AnySeq2SeqDecoder(model, precision)
         if model.config.is_encoder_decoder
-        else AnyCausalDecoder(model, precision)
+        else AnyCausalDecoder(model if replaced is None else whole, precision)
     )
 
 

@@ -48,7 +48,7 @@ class Gpt2Decoder(CausalDecoder):
         self._words = effective_weight(model.transformer.wte)
         self._places = effective_weight(model.transformer.wpe)
         self._norm = _Norm(model.transformer.ln_f)
-        self.head = Matrix([model.lm_head], self.precision)
+        self.head = Matrix([model.lm_head], self.precision, replaced=self.replaced)
 
     def positions(self) -> int | None:
         return len(self._places)

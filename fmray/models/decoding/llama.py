@@ -43,7 +43,8 @@ class LlamaDecoder(CausalDecoder):
         self.layers = len(self._blocks)
         self._words = effective_weight(model.model.embed_tokens)
         self._epsilon = model.model.norm.variance_epsilon
-        self.head = Matrix([model.lm_head], self.precision, gain_K=effective_weight(model.model.norm))
+        gain_K = effective_weight(model.model.norm)
+        self.head = Matrix([model.lm_head], self.precision, gain_K=gain_K, replaced=self.replaced)
 
     def positions(self) -> int | None:
         return None

@@ -85,7 +85,8 @@ class Matrix:
     """y = x Wᵀ + b of one or several layers that read the same x, stacked along their outputs, as they are now.
 
     gain_K: factors on the inputs (a norm's weight). scaled: (n, factor) multiplies the first n outputs, bias too (the
-    queries by what the attention scales its scores with). A change of the layers asks for a new Matrix.
+    queries by what the attention scales its scores with). replaced: (n, layer) puts the layer's one output in the place of
+    output n. A change of the layers asks for a new Matrix.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Matrix:
         *,
         gain_K: Tensor | None = None,
         scaled: tuple[int, float] | None = None,
+        replaced: tuple[int, Any] | None = None,
     ) -> None:
         weights = [effective_weight(layer) for layer in layers]
         biases = [effective_bias(layer) for layer in layers]
@@ -102,6 +104,11 @@ class Matrix:
         bias_N = torch.cat(
             [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
         )
+        if replaced is not None:
+            place, layer = replaced
+            weight_NK, biases = weight_NK.clone(), [*biases, effective_bias(layer)]
+            weight_NK[place] = effective_weight(layer)[0]
+            bias_N[place] = 0.0 if biases[-1] is None else biases[-1][0]
         if gain_K is not None:
             weight_NK = weight_NK * gain_K
         if scaled is not None:

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from fmray.config.answers import MllmModelConfig, OutputConfig
 from fmray.errors import CheckpointError, ConfigError, DataError
 from fmray.models.answering import load_answering
+from fmray.models.decoding.generate import make_decoder
 from fmray.models.generator import NearestPicture
+from fmray.models.language import response_logits
 from fmray.models.mllm_answering import MllmAnswering, build_mllm
 from fmray.models.mllm_output import add_output
 from fmray.models.output_side import OutputSide, reply_loss
@@ -83,6 +85,95 @@ def test_a_model_of_words_says_what_it_lacks() -> None:
     assert str(error.value) == (
         "dialogue 'a cat ': its answer is a picture, but the model says words alone; set model.output"
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- the decision
+
+
+def decisive(answering: MllmAnswering) -> MllmAnswering:
+    """With a decision that is neither never nor always the likeliest."""
+    draw = torch.Generator().manual_seed(5)
+    decision = answering.model.output.decision
+    decision.weight.data.normal_(std=2.0, generator=draw)
+    decision.bias.data.fill_(0.5)
+    return answering
+
+
+@pytest.mark.parametrize("fusion", ["concat", "cross_attention"])
+@pytest.mark.parametrize("language", ["llama", "gpt2", "mistral"])
+def test_the_decision_has_an_output_row_of_its_own_everywhere(
+    tmp_path: Path, language: str, fusion: str
+) -> None:
+    """Forward, the decoders and a saved and loaded model give one set of logits; only the decision's column is another."""
+    answering = decisive(drawing(tmp_path, language=language, fusion=fusion))
+    model, routing = answering.model, answering.renderer.routing_ids[0]
+    ids_BP = torch.tensor([[5, 9, 31, 7], [8, 3, 12, 40]])
+    mask_BP, rows = torch.ones_like(ids_BP), torch.arange(2)
+    with torch.no_grad():
+        whole = model(input_ids=torch.cat([ids_BP, ids_BP[:, :1]], dim=1))
+        states = model.body(input_ids=ids_BP).last_hidden_state
+        by_hand = states[:, -1] @ model.output.decision.weight[0] + model.output.decision.bias
+        bare = model.get_output_embeddings()(states[:, -1])
+        decoder = make_decoder(model)
+        first, second = decoder.start(ids_BP, mask_BP, rows, 2), decoder.step(ids_BP[:, 0])
+    assert torch.allclose(first, whole.logits[:, 3], atol=1e-4)
+    assert torch.allclose(second, whole.logits[:, 4], atol=1e-4)
+    assert torch.allclose(first[:, routing], by_hand, atol=1e-4)
+    others = torch.arange(first.shape[1]) != routing
+    assert torch.allclose(first[:, others], bare[:, others], atol=1e-4)
+    assert not torch.allclose(first[:, routing], bare[:, routing], atol=0.1)
+    assert torch.allclose(response_logits(model, states[:, -1]), first, atol=1e-4)
+    answering.save(model.state_dict(), tmp_path / "model")
+    loaded = load_answering(str(tmp_path / "model"), CPU)
+    with torch.no_grad():
+        again = loaded.model(input_ids=ids_BP).logits[:, -1]
+    assert torch.allclose(again, first, atol=1e-4)
+
+
+def test_greedy_beams_and_likelihood_know_the_decision(tmp_path: Path) -> None:
+    answering = decisive(drawing(tmp_path))
+    decision, asked = answering.model.output.decision, [request("a cat"), request("it")]
+    answering.answer(asked, NOTHING)
+    before = answering.likelihood(asked, NOTHING)[0]
+    decision.bias.data.fill_(60.0)  # the decoder's copy must be renewed
+    for beams in (1, 2):
+        assert all(one.embedding_D is not None for one in answering.answer(asked, NOTHING, beams=beams))
+    decision.bias.data.fill_(-60.0)
+    for beams in (1, 2):
+        assert all(one.embedding_D is None for one in answering.answer(asked, NOTHING, beams=beams))
+    assert bool((answering.likelihood(asked, NOTHING)[0] < before - 40).all())
+
+
+def test_an_adapter_alone_could_not_learn_to_decide(tmp_path: Path) -> None:
+    """Beside an adapter the output matrix is frozen; the decision's row is not, and it is saved with the output part."""
+    config = MllmModelConfig.model_validate(
+        {"checkpoint": _words(tmp_path), "max_tokens": 64, "lora": {"rank": 2}}
+    )
+    config = config.replace(output=OutputConfig(clip=str(tmp_path / "clip"), hidden=16))
+    answering = build_mllm(config)
+    answering.reply_targets = Targets()
+    learning = {name for name, p in answering.model.named_parameters() if p.requires_grad}
+    assert {"output.decision.weight", "output.decision.bias"} <= learning
+    assert not any("lm_head" in name or "embed_tokens" in name for name in learning)
+    asked = [request(thing) for thing in ("cat", "dog")]
+    batch = answering.collate([*asked, *(request(t, words="no") for t in ("cat", "dog"))], NOTHING)
+    optimizer = torch.optim.AdamW([p for p in answering.model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        answering.model(**batch.inputs, loss_only=True).loss.backward()
+        optimizer.step()
+    copy = answering.empty_copy()
+    copy.model.load_state_dict(answering.plain_weights(answering.model.state_dict()), strict=False)
+    copy.model.eval()
+    assert all(one.embedding_D is not None for one in copy.answer(asked, NOTHING))
+
+
+def _words(folder: Path) -> str:
+    """A saved model of words alone, and the dual encoder beside it."""
+    plain = tiny_mllm()
+    plain.save(plain.model.state_dict(), folder / "words")
+    drawing(folder)
+    return str(folder / "words")
 
 
 # ---------------------------------------------------------------------------------------------------------------- answers
@@ -185,7 +276,13 @@ def test_a_batch_of_words_costs_nothing_and_leaves_no_parameter_without_gradient
     bare = {name: value for name, value in batch.inputs.items() if name != "reply_embeds"}
     assert loss.item() == answering.model(**bare, loss_only=True).loss.item()
     loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in answering.model.output.parameters())
+    grads = {name: p.grad for name, p in answering.model.output.named_parameters()}
+    assert all(grad is not None for grad in grads.values())
+    # words push the decision down; the rest learns nothing
+    assert {name for name, grad in grads.items() if grad is not None and grad.abs().sum() > 0} == {
+        "decision.weight",
+        "decision.bias",
+    }
 
 
 def test_the_weight_scales_the_projectors_part_alone(tmp_path: Path) -> None:
