@@ -11,12 +11,13 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from fmray.config.schema import AugmentConfig, ImageConfig
@@ -25,55 +26,124 @@ from fmray.errors import DataError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What is decoded; Pillow's other forty decoders stay shut."""
 
+Fault = Literal["empty", "format", "pixels", "damaged"]
+
 # What Pillow raises for damaged bytes (test_transforms flips them): OSError is its own, the rest slips by.
-_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+_DAMAGED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    MemoryError,
+)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture of this EXIF orientation upright."""
+
+_EIGHT_OF_SIXTEEN_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
+"""The nearest eighth bit: 65,535 to 255, 32,896 to 128."""
 
 
 # --------------------------------------------------------------------------------------------------- decoding
 
 
+class PictureError(DataError):
+    """A picture that cannot be decoded.
+
+    `PictureError("input[3]", "damaged", "the picture is truncated or damaged", "broken PNG file")`
+    """
+
+    def __init__(self, name: str, fault: Fault, facts: str, detail: str = "") -> None:
+        super().__init__(f"{name}: {facts} ({detail})" if detail else f"{name}: {facts}")
+        self.name, self.fault, self.facts, self.detail = name, fault, facts, detail
+        # `facts` are our words and fit for strangers; `detail` is Pillow's own text, which may hold an address
+
+    def __reduce__(self) -> tuple[type[PictureError], tuple[str, Fault, str, str]]:
+        return type(self), (self.name, self.fault, self.facts, self.detail)  # it crosses Ray's processes
+
+
 def decode_rgba(data: bytes, image: ImageConfig, *, name: str, max_pixels: int = 40_000_000) -> Tensor:
     """One encoded picture as uint8 [4, S, S]: straight (not premultiplied) alpha, 255 where there is none.
 
-    Turned upright by its EXIF orientation; the first frame of an animation; 16 bits are scaled to 8. `crop`
-    cuts the centre square, `stretch` ignores the proportions, `pad` adds white borders (transparent ones
-    where the picture has an alpha channel). Raises DataError with the sample's name: not a picture, damaged,
-    truncated, or more than `max_pixels` by its header, which is read before anything is decoded.
+    Decoded, turned and fitted by `decode_picture`, whose errors it raises.
     """
-    if not data:
-        raise DataError(f"{name}: the picture is empty (0 bytes)")
-    try:
-        opened = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise DataError(f"{name}: is not a PNG, JPEG, WebP, GIF or BMP picture") from None
-    except _BOMB as error:  # Pillow's own limit, 179 million
-        raise DataError(f"{name}: has too many pixels to decode ({_first_line(error)})") from None
-    except _DAMAGED as error:
-        raise DataError(f"{name}: the picture is damaged ({_first_line(error)})") from None
-    if opened.width * opened.height > max_pixels:
-        size = f"{opened.width} x {opened.height}"
-        raise DataError(f"{name}: has {size} pixels, more than the allowed {max_pixels:,}")
-    try:
-        # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its side.
-        opened.draft(None, (2 * image.size, 2 * image.size))
-        fitted = _fit(_rgb_or_rgba(ImageOps.exif_transpose(opened)), image)
-    except (*_DAMAGED, *_BOMB) as error:
-        raise DataError(f"{name}: the picture is truncated or damaged ({_first_line(error)})") from None
+    fitted = decode_picture(data, image, name=name, max_pixels=max_pixels)
     pixels_HWC = torch.from_numpy(np.array(fitted.convert("RGBA")))
     return pixels_HWC.permute(2, 0, 1).contiguous()
 
 
-def _first_line(error: Exception) -> str:
+def decode_picture(
+    data: bytes, image: ImageConfig, *, name: str, max_pixels: int, max_side: int = 65_535
+) -> Image.Image:
+    """One encoded picture as a square of side S, RGB, or RGBA with straight alpha where it can be transparent.
+
+    Turned upright by its EXIF orientation (damaged EXIF turns nothing); the first frame of an animation; 16
+    bits are scaled to 8; colour profiles are not applied. `crop` cuts the centre square, `stretch` ignores the
+    proportions, `pad` adds white borders (transparent ones where the picture has an alpha channel). Raises
+    PictureError with the sample's name: empty, of another format, damaged, truncated, or by its header, which
+    is read before anything is decoded, of more than `max_pixels` or with a side of more than `max_side`.
+    """
+    if not data:
+        raise PictureError(name, "empty", "the picture is empty (0 bytes)")
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(opened.size, name, max_pixels, max_side)
+        # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its side, never below twice the square's.
+        opened.draft(None, (2 * image.size, 2 * image.size))
+        opened.load()
+        return _fit(_rgb_or_rgba(_upright(opened)), image)
+    except PictureError:
+        raise
+    except UnidentifiedImageError:
+        raise PictureError(name, "format", "is not a PNG, JPEG, WebP, GIF or BMP picture") from None
+    except _BOMB as error:  # Pillow's own limit, 179 million
+        raise PictureError(name, "pixels", "has too many pixels to decode", _first_line(error)) from None
+    except _DAMAGED as error:
+        facts = "the picture is truncated or damaged"
+        raise PictureError(name, "damaged", facts, _first_line(error)) from None
+
+
+def _check_size(size: tuple[int, int], name: str, max_pixels: int, max_side: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        facts = f"has {size[0]} x {size[1]} pixels, more than the allowed {max_pixels:,}"
+        raise PictureError(name, "pixels", facts)
+    if max(size) > max_side:
+        facts = f"has {size[0]} x {size[1]} pixels, a side of more than the allowed {max_side:,}"
+        raise PictureError(name, "pixels", facts)
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _upright(opened: Image.Image) -> Image.Image:
+    try:
+        orientation = opened.getexif().get(ExifTags.Base.Orientation)
+    except _DAMAGED:  # the pixels are sound: browsers show such a picture as it is stored
+        return opened
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return opened if turn is None else opened.transpose(turn)
 
 
 def _rgb_or_rgba(opened: Image.Image) -> Image.Image:
     """Any mode as RGB, or as RGBA where it can be transparent."""
     if opened.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        wide = np.asarray(opened, dtype=np.float32)
-        opened = Image.fromarray((wide.clip(0, 65535) / 257).round().astype(np.uint8))
-    return opened.convert("RGBA" if opened.has_transparency_data else "RGB")
+        opened = Image.fromarray(_EIGHT_OF_SIXTEEN_BITS[np.asarray(opened).clip(0, 65_535)])
+    mode = "RGBA" if opened.has_transparency_data else "RGB"
+    return opened if opened.mode == mode else opened.convert(mode)
 
 
 def _fit(picture: Image.Image, image: ImageConfig) -> Image.Image:
