@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from fmray.config.schema import ImageConfig
 from fmray.errors import CheckpointError, DataError
 from fmray.models.towers import locate_model
 from fmray.types import Dialogue, Pictures
+
+if TYPE_CHECKING:
+    from fmray.models.decoding.running import Running
 
 
 @dataclass
@@ -125,6 +128,13 @@ class Answering(Protocol):
 
         `max_new_tokens`: longest answer, its end among them; None: the model's own. Raises DataError with the dialogue's name
         where that is more than there is room for.
+        """
+        ...
+
+    def running(self, max_rows: int, *, picture_memory_mib: float = 64.0) -> Running:
+        """Answers of which each begins and ends when it will, at most so many at once, one token of each at a time.
+
+        picture_memory_mib: what the picture tower made of the last pictures is kept up to that, by their keys.
         """
         ...
 

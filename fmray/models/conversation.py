@@ -158,10 +158,14 @@ class Renderer:
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer's tokens as words, special tokens left out."""
+        return self.words(ids).strip()
+
+    def words(self, ids: Sequence[int]) -> str:
+        """The same with the space around them."""
         words: str = self.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return words.strip()
+        return words
 
     def _said(self, item: _Said, dialogue: Dialogue) -> list[Span]:
         """A template's piece, the end of an answer apart; an answer that is not known has no end to learn."""

@@ -24,6 +24,7 @@ from fmray.errors import CheckpointError, DataError
 from fmray.models.answering import AnswerBatch, Limits, Said, check_room
 from fmray.models.conversation import Renderer
 from fmray.models.decoding.generate import Decoder, Sampling, generate, make_decoder
+from fmray.models.decoding.running import Running
 from fmray.models.gated_attention import Memory
 from fmray.models.language import add_adapter, merged_weights
 from fmray.models.mllm import Mllm, predictions
@@ -31,6 +32,7 @@ from fmray.models.mllm_lines import as_line, last_answer, left_padded, memory_in
 from fmray.models.mllm_output import ReplyTargets, add_output, picture_turns, shown
 from fmray.models.mllm_parts import check_lengths, new_mllm
 from fmray.models.packing import Line, Packed, pack
+from fmray.models.picture_memory import PictureMemory
 from fmray.models.preparation import save_picture_preparation
 from fmray.models.towers import locate_model
 from fmray.models.vqa_answering import resting
@@ -160,12 +162,23 @@ class MllmAnswering:
             if any(line.pictures for line in lines):
                 inputs = self._picture_inputs(pictures.to(self.model.device))
                 projected_NPD = self.model.projected(inputs.get("pixel_values"), inputs.get("image_features"))
-            words_BPD, memory = self._prompts(ids_BP, mask_BP, lines, projected_NPD)
+            words_BPD, memory = self.prompts(ids_BP, mask_BP, lines, projected_NPD)
             found = search(ids_BP, mask_BP, words_BPD, memory, longest, beams)
-            embeds = shown(self.model, self._prompts, lines, found, projected_NPD)
-        return [self._said(*each) for each in zip(found, lines, embeds, strict=True)]
+            embeds = shown(self.model, self.prompts, lines, found, projected_NPD)
+        return [self.said(*each) for each in zip(found, lines, embeds, strict=True)]
 
-    def _said(self, ids: Sequence[int], line: Line, embedding_D: Tensor | None) -> Said:
+    def running(self, max_rows: int, *, picture_memory_mib: float = 64.0) -> Running:
+        """Greedy or drawn; the same as `answer`, whoever else is answered. Made anew after a change of the weights."""
+        from fmray.models.mllm_running import MllmSpeaker
+
+        def tower(pixels_NCHW: Tensor) -> Tensor:
+            with resting(self.model):
+                return self.picture_features(pixels_NCHW)
+
+        memory = PictureMemory(tower, self.model.device, picture_memory_mib)
+        return Running(MllmSpeaker(self, self._current_decoder()), memory, max_rows)
+
+    def said(self, ids: Sequence[int], line: Line, embedding_D: Tensor | None) -> Said:
         """An answer of some tokens, the last of which may be its end; the decision for a picture is one too."""
         prompt_tokens = len(line.ids)
         if embedding_D is not None:
@@ -175,7 +188,7 @@ class MllmAnswering:
         words = ids[:-1] if ended else ids
         return Said(self.renderer.text(words), len(ids), prompt_tokens, ended)
 
-    def _prompts(
+    def prompts(
         self, ids_BP: Tensor, mask_BP: Tensor, lines: Sequence[Line], projected_NPD: Tensor | None
     ) -> tuple[Tensor, Memory | None]:
         """Left-padded prompts as embeddings, and what their words look at with cross-attention."""

@@ -21,6 +21,8 @@ from fmray.config.answers import VqaModelConfig
 from fmray.config.schema import ImageConfig
 from fmray.errors import CheckpointError, ConfigError, DataError
 from fmray.models.answering import AnswerBatch, Limits, Said, check_room
+from fmray.models.decoding.running import Running
+from fmray.models.picture_memory import PictureMemory
 from fmray.models.preparation import save_picture_preparation
 from fmray.models.vqa import VqaConfig, VqaModel
 from fmray.models.vqa_build import ANSWER_TOKENIZER, build_parts, open_parts
@@ -213,15 +215,45 @@ class VqaAnswering:
         inputs = self._on_device(self._asked(dialogues, pictures))
         with resting(self.model):
             made = self.model.generate(**inputs, max_new_tokens=longest, num_beams=beams, do_sample=False)
+        return [
+            self.said(ids, self.question_length(dialogue))
+            for dialogue, ids in zip(dialogues, made.tolist(), strict=True)
+        ]
+
+    def running(self, max_rows: int, *, picture_memory_mib: float = 64.0) -> Running:
+        """Greedy or drawn; the same as `answer`, whoever else is answered. Made anew after a change of the weights."""
+        from fmray.models.vqa_running import VqaSpeaker
+
+        memory = PictureMemory(self.picture_features, self.model.device, picture_memory_mib)
+        return Running(VqaSpeaker(self), memory, max_rows)
+
+    def said(self, ids: Sequence[int], prompt_tokens: int) -> Said:
+        """An answer of some tokens, among which may be its end."""
         end = self.model.config.end_id
-        answers = []
-        for dialogue, ids in zip(dialogues, made.tolist(), strict=True):
-            ended = end in ids
-            words = ids[: ids.index(end)] if ended else ids
-            text = self.answer_tokenizer.decode(words, skip_special_tokens=True).strip()
-            read = len(self._ids_of(dialogue.question))
-            answers.append(Said(text, len(words) + ended, read, ended))
-        return answers
+        ended = end in ids
+        words = ids[: ids.index(end)] if ended else ids
+        return Said(self.words(words).strip(), len(words) + ended, prompt_tokens, ended)
+
+    def words(self, ids: Sequence[int]) -> str:
+        """An answer's tokens as words, special tokens left out."""
+        text: str = self.answer_tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def question_length(self, dialogue: Dialogue) -> int:
+        """Tokens of the question that are read."""
+        return len(self._ids_of(dialogue.question))
+
+    def sides(
+        self, dialogues: Sequence[Dialogue], pictures: Pictures
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the decoder's memories are made of: distinct pictures [N, P, D] and questions [Q, S, D], the questions' mask
+        [Q, S], and each dialogue's picture and question, int64 [B]. Raises DataError with the dialogue's name.
+        """
+        given = self._on_device(self._asked(dialogues, pictures))
+        names = ("input_ids", "attention_mask", "pixel_values", "image_features", "question_features")
+        with resting(self.model):
+            sides = self.model.sides(*(given.get(name) for name in names))
+        return (*sides, given["picture_of_B"], given["question_of_B"])
 
     def likelihood(self, dialogues: Sequence[Dialogue], pictures: Pictures) -> tuple[Tensor, Tensor]:
         """Σ log-probability of each dialogue's answer, end of text included, float32 [B], and its tokens, int64 [B]."""

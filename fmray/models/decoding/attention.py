@@ -38,10 +38,10 @@ def aligned(ids_NP: Tensor, mask_NP: Tensor, side: Literal["left", "right"]) -> 
     return torch.where(mask_NP, ids_NP.gather(1, order_NP), 0), mask_NP
 
 
-def aligned_words(words_NPD: Tensor, mask_NP: Tensor) -> Tensor:
-    """Prompts that are given as embeddings, in the places that `aligned` gives their tokens on the left."""
+def aligned_words(words_NPD: Tensor, mask_NP: Tensor, side: Literal["left", "right"] = "left") -> Tensor:
+    """Prompts that are given as embeddings, in the places that `aligned` gives their tokens."""
     places_NP = torch.arange(mask_NP.shape[1], device=mask_NP.device).expand_as(mask_NP)
-    order_NP, _ = aligned(places_NP, mask_NP, "left")
+    order_NP, _ = aligned(places_NP, mask_NP, side)
     return words_NPD.gather(1, order_NP.unsqueeze(-1).expand(-1, -1, words_NPD.shape[-1]))
 
 

@@ -113,7 +113,7 @@ class CausalDecoder(ABC):
         )
 
         def attention(layer: int, qkv_MX: Tensor) -> Tensor:
-            q, k, v = self._split(qkv_MX.to(dtype).view(prompts, columns, -1, self.width))
+            q, k, v = self.split(qkv_MX.to(dtype).view(prompts, columns, -1, self.width))
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             self._kv.keys[layer][:, :, :columns] = k.index_select(0, prompt_of_B)
             self._kv.values[layer][:, :, :columns] = v.index_select(0, prompt_of_B)
@@ -137,7 +137,7 @@ class CausalDecoder(ABC):
 
         def attention(layer: int, qkv_RX: Tensor) -> Tensor:
             keys, values = self._kv.keys[layer], self._kv.values[layer]
-            q, k, v = self._split(qkv_RX.to(keys.dtype).view(rows, 1, -1, self.width))
+            q, k, v = self.split(qkv_RX.to(keys.dtype).view(rows, 1, -1, self.width))
             keys[:, :, column] = k.squeeze(1)
             values[:, :, column] = v.squeeze(1)
             q_RHGW = q.view(rows, self.heads, self.groups, self.width)
@@ -154,7 +154,8 @@ class CausalDecoder(ABC):
         if self._hidden_BL is not None:
             self._hidden_BL = self._hidden_BL[rows_K]
 
-    def _split(self, qkv_BPXW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, qkv_BPXW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fused heads as queries and keys, rotated, and values: [B, P, H · G, W], [B, P, H, W] twice."""
         queries = self.heads * self.groups
         qk = self.rotate(qkv_BPXW[:, :, : -self.heads])
         return qk[:, :, :queries], qk[:, :, queries:], qkv_BPXW[:, :, -self.heads :]

@@ -17,7 +17,9 @@ from fmray.models.decoding.weights import (
 )
 
 
-class _Norm:
+class Norm:
+    """A LayerNorm with its weights as they are now."""
+
     def __init__(self, norm: Any) -> None:
         self._shape, self._epsilon = norm.normalized_shape, norm.eps
         self._weight, self._bias = effective_weight(norm).clone(), effective_bias(norm)
@@ -29,7 +31,7 @@ class _Norm:
 class _Layer:
     def __init__(self, block: Any, precision: Precision) -> None:
         attention = block.attn
-        self.norm_1, self.norm_2 = _Norm(block.ln_1), _Norm(block.ln_2)
+        self.norm_1, self.norm_2 = Norm(block.ln_1), Norm(block.ln_2)
         self.qkv = Matrix([attention.c_attn], precision, scaled=(attention.embed_dim, attention.scaling))
         self.out = Matrix([attention.c_proj], precision)
         self.up, self.down = Matrix([block.mlp.c_fc], precision), Matrix([block.mlp.c_proj], precision)
@@ -47,7 +49,7 @@ class Gpt2Decoder(CausalDecoder):
         self.layers = len(self._blocks)
         self._words = effective_weight(model.transformer.wte)
         self._places = effective_weight(model.transformer.wpe)
-        self._norm = _Norm(model.transformer.ln_f)
+        self._norm = Norm(model.transformer.ln_f)
         self.head = Matrix([model.lm_head], self.precision, replaced=self.replaced)
 
     def positions(self) -> int | None:
