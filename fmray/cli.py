@@ -120,6 +120,15 @@ def serve(arguments: Arguments) -> int:
     return 0
 
 
+def keys(arguments: Arguments) -> int:
+    """Keys of an endpoint: `fmray keys add NAME --file FILE` prints one, once; `list`, `remove`; running endpoints notice."""
+    from fmray.serving.keys import run_keys
+
+    for line in run_keys(arguments):
+        say(line)
+    return 0
+
+
 def demo(arguments: Arguments) -> int:
     """The whole road: CLIP trained, measured and served; a reward model, PPO under it, a verdict, a sweep; a report."""
     given = any(word.partition("=")[0] == "--recipe" for word in arguments)
@@ -165,6 +174,25 @@ def benchmark(arguments: Arguments) -> int:
     return 0
 
 
+def check(arguments: Arguments) -> int:
+    """Check Serve configs, KubeRay manifests and cluster-launcher files strictly, without a cluster: `fmray check FILE…`."""
+    from fmray.checks.files import USAGE, check_files, read_order
+
+    if {"--help", "-h"} & {*arguments}:
+        raise HelpRequested(USAGE)
+    order = read_order(arguments)
+    found = check_files(order, tuple(DOORS))
+    if order.as_json:
+        say(json.dumps([finding.as_json() for finding in found], indent=2, ensure_ascii=False))
+    else:
+        for finding in found:
+            say(str(finding))
+    errors = sum(finding.severity == "error" for finding in found)
+    if not found and not order.as_json:
+        say(f"{len(order.files)} {'file' if len(order.files) == 1 else 'files'} checked, nothing found")
+    return 1 if errors else 0
+
+
 DOORS: dict[str, Callable[[Arguments], int]] = {
     "pretrain": pretrain,
     "reward": reward,
@@ -172,9 +200,11 @@ DOORS: dict[str, Callable[[Arguments], int]] = {
     "sweep": sweep,
     "evaluate": evaluate,
     "serve": serve,
+    "keys": keys,
     "demo": demo,
     "assets": assets,
     "benchmark": benchmark,
+    "check": check,
 }
 
 

@@ -51,6 +51,13 @@ class AccessConfig(Section):
     """Requests of one key (without keys: of one address), over all replicas, where the key's own entry says nothing else."""
     inputs_per_minute: Annotated[int, Field(ge=1)] | None = None
     """Texts, pictures and conversations of one key, counted like requests."""
+    address_header: Annotated[str, Field(pattern="^[a-z0-9-]+$")] | None = None
+    """Header in which a proxy of ours writes who asks (`x-forwarded-for`: the last one of it counts); None: the connection's
+    own address. Behind Ray Serve's proxy or a load balancer that is theirs: set this, or use keys, or all share one limit."""
+    body_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """A request whose body takes longer to arrive is answered 408."""
+    log_requests: bool = False
+    """One line per request: route, status, time, id and the key's name; no prompt, picture, key or path."""
 
 
 class ScaleConfig(Section):

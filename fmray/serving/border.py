@@ -1,10 +1,16 @@
-"""The endpoint's border: request ids, body limits while reading, errors as OpenAI's clients expect them."""
+"""The endpoint's border: who asks, how much, by when; bodies read within limits; errors as OpenAI's clients expect them."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import re
+import time
+import traceback
 import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,9 +21,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fmray.errors import RequestError
+from fmray.serving.bodies import BodyLeft, read_body
+from fmray.serving.keys import Access
+from fmray.serving.rate_limits import RateLimits
 from fmray.serving.schemas import ErrorFacts, ErrorReply
 
 logger = logging.getLogger(__name__)
+request_logger = logging.getLogger("fmray.requests")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """A client's own id is echoed where it looks like this: nothing is smuggled into a header or a log."""
@@ -26,7 +36,9 @@ ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
+    504: "timeout_error",
 }
 """OpenAI's type of a status; else `invalid_request_error` below 500 and `server_error` from there on."""
 
@@ -40,36 +52,44 @@ ROUTE_ERRORS = {
 
 
 def install_error_answers(app: FastAPI) -> None:
-    """Every exception that leaves a route becomes `{"error": {message, type, param, code}}`."""
-    for kind in (RequestError, RequestValidationError, HTTPException, Exception):
+    """What routes raise becomes `{"error": {message, type, param, code}}`; what nobody foresaw is left to `Border`."""
+    for kind in (RequestError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer_error)
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
-    """Where an exception becomes a status code. The server logs an unexpected one with its traceback."""
-    headers: dict[str, str] = {}
+async def _answer_error(_request: Request, error: Exception) -> Response:
+    """Where an exception of a route becomes a status code."""
+    headers: Mapping[str, str] = {}
     if isinstance(error, RequestValidationError):
         error = _from_validation(error)
     elif isinstance(error, HTTPException):
-        headers.update(error.headers or {})
+        headers = error.headers or {}
         code, message = ROUTE_ERRORS.get(error.status_code, ("invalid_request", "the request cannot be read"))
         error = RequestError(error.status_code, code, message)
-    elif not isinstance(error, RequestError):
-        request_id = request.scope["state"]["request_id"]
-        logger.error("request %s failed with %s", request_id, type(error).__name__)
-        headers["x-request-id"] = request_id  # this answer bypasses Border's `send`
-        headers["x-should-retry"] = "false"  # models are deterministic: the same request would fail again
-        error = RequestError(
-            500, "internal_error", "the server failed on this request; its log has the request id"
-        )
-    return _error_response(error, headers)
+    assert isinstance(error, RequestError), type(error)
+    return error_response(error, headers)
 
 
-def _error_response(error: RequestError, headers: dict[str, str] | None = None) -> Response:
+def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer to a request that cannot be answered, with the headers that OpenAI's clients act on.
+
+    A 429, 503 or 504 says when to come back: after the error's `retry_after` seconds where it has them, else after one.
+    """
     kind = ERROR_TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     facts = ErrorFacts(message=error.message, type=kind, param=error.param, code=error.code)
+    told = dict(headers or {})
+    if error.status in (429, 503, 504):
+        wait = 1.0 if error.retry_after is None else max(0.001, error.retry_after)
+        told["retry-after"] = str(math.ceil(wait))
+        told["retry-after-ms"] = str(math.ceil(wait * 1000))
+    elif error.status == 401:
+        told["www-authenticate"] = 'Bearer realm="fmray"'
+    elif error.status == 408:
+        told["connection"] = "close"  # the rest of a body that came too late is nobody's next request
+    elif error.status == 500:
+        told["x-should-retry"] = "false"  # models are deterministic: the same request would fail again
     body = ErrorReply(error=facts).model_dump_json()
-    return Response(body, error.status, headers, media_type="application/json")
+    return Response(body, error.status, told, media_type="application/json")
 
 
 def _from_validation(error: RequestValidationError) -> RequestError:
@@ -99,65 +119,272 @@ def _path(where: list[str | int]) -> str:
 
 # ----------------------------------------------------------------------------------------- around every route
 
+OPEN_PATHS = ("/", "/health", "/ready")
+OPEN_FOLDER = "/page/"
+"""What needs no key and counts towards no limit: liveness, readiness, the page's own files. Everything else does."""
+
+TIMEOUT_HEADER, DISCONNECT_HEADER = b"x-request-timeout-seconds", b"x-request-disconnect-disabled"
+"""By these a client talks to Ray Serve's proxy rather than to us. The first we honour, within bounds; the second never."""
+HANDED_ON = b"x-fmray-timeout-seconds"
+"""What `proxy_border` makes of the first, so that Serve does not see it and we do."""
+STRIPPED = (TIMEOUT_HEADER, DISCONNECT_HEADER, HANDED_ON)
+"""Nothing behind the border sees them."""
+SHORTEST = 0.1
+LATE = 0.25
+"""Seconds after a deadline in which whoever does the work may still say so himself, before the border does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An answered request, for logs and meters: nothing in it comes from the client but the id that he chose.
+
+    `Finished("POST", "/v1/embeddings", 200, 0.012, "req_5f", "alice")`
+    """
+
+    method: str
+    route: str
+    """As it stands in the app (`/v1/models/{model_id}`), so that no path with a secret in it is kept; `-`: none."""
+    status: int
+    """499: the client left before there was one."""
+    seconds: float
+    request_id: str
+    key_name: str
+    """`-`: no key."""
+
+
+@dataclass(slots=True)
+class _Visit:
+    """One request on its way through the border."""
+
+    scope: Scope
+    send: Send
+    request_id: str
+    started: float = field(default_factory=time.monotonic)
+    status: int = 0
+    """Of the answer that has begun."""
+    ended: bool = False
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def answer(self, message: Message) -> None:
+        """The app's `send`: adds headers, and notes how far the answer is."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._add_headers(MutableHeaders(scope=message))
+        elif message["type"] == "http.response.body":
+            self.ended = not message.get("more_body", False)
+        await self.send(message)
+
+    def _add_headers(self, headers: MutableHeaders) -> None:
+        state = self.scope["state"]
+        headers["x-request-id"] = self.request_id
+        headers["openai-processing-ms"] = str(round((time.monotonic() - self.started) * 1000))
+        for name, key in (("x-queue-ms", "queue_seconds"), ("x-inference-ms", "infer_seconds")):
+            if key in state:
+                headers[name] = f"{state[key] * 1000:.1f}"
+        if "caller" in state:
+            headers.update(state["caller"].headers)
+
+    async def refuse(self, error: RequestError) -> None:
+        """Answer with an error."""
+        await error_response(error)(self.scope, _nothing, self.answer)
+
 
 class Border:
-    """ASGI middleware: gives every request an id, and reads its body up to a limit before the app sees it."""
+    """ASGI middleware around the whole app. In order: an id, the key, its rate, the body, the app under a deadline.
 
-    def __init__(self, app: ASGIApp, *, max_body: int) -> None:
-        self.app, self.max_body = app, max_body
+    Puts into `scope["state"]`: `request_id`, `key_name` (`-` without keys), `caller` (what `rate_limits.charge` asks) and
+    `deadline` (seconds, of the loop's clock). Writes headers from `queue_seconds` and `infer_seconds` if it finds them
+    there. The app runs in a task of its own: it is cancelled when its client leaves or its time is over, and what it
+    raises ends here and not in a log that would print a prompt.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body: int,
+        access: Access | None = None,
+        limits: RateLimits | None = None,
+        deadline_seconds: float = 60.0,
+        body_seconds: float = 60.0,
+        address_header: str | None = None,
+        finished: Callable[[Finished], None] | None = None,
+    ) -> None:
+        self.app, self.max_body, self.access, self.limits = app, max_body, access, limits
+        self.deadline_seconds, self.body_seconds = deadline_seconds, body_seconds
+        self.address_header = address_header
+        self.finished = finished
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # no route is one, and none shall be reached past the key
+            return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = Headers(scope=scope)
+        headers = Headers(
+            raw=list(scope["headers"])
+        )  # a copy: uvicorn appends the trailers of a chunked body
+        kept = [pair for pair in headers.raw if pair[0] not in STRIPPED]
+        method = (
+            "GET" if scope["method"] == "HEAD" else scope["method"]
+        )  # servers leave out the body themselves
+        scope = {**scope, "method": method, "headers": kept, "state": {**scope.get("state", {})}}
         asked = headers.get("x-request-id", "")
         request_id = asked if REQUEST_ID.fullmatch(asked) else f"req_{uuid.uuid4().hex}"
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
+        scope["state"].update(request_id=request_id, key_name="-")
+        visit = _Visit(scope, send, request_id)
         try:
+            await self._admit(scope, headers)
             _check_content_type(scope["method"], headers)
-            body = await self._read_body(headers, receive)
+            body = await read_body(headers, receive, limit=self.max_body, seconds=self.body_seconds)
         except RequestError as error:
-            return await _error_response(error)(scope, receive, send_with_id)
-        if body is None:
-            return None
+            await visit.refuse(error)
+        except BodyLeft:
+            pass
+        else:
+            await self._run(visit, body, receive)
+        if self.finished is not None:
+            self.finished(_finished(visit))
+
+    async def _admit(self, scope: Scope, headers: Headers) -> None:
+        """Key, rate and deadline; raises RequestError."""
+        told = headers.get(HANDED_ON.decode()) or headers.get(TIMEOUT_HEADER.decode(), "")
+        asked = _seconds(told, self.deadline_seconds)
+        scope["state"]["deadline"] = asyncio.get_running_loop().time() + asked
+        path = _route_path(scope)
+        if scope["method"] == "GET" and (path in OPEN_PATHS or path.startswith(OPEN_FOLDER)):
+            return
+        holder = None if self.access is None else self.access.holder(headers.getlist("authorization"))
+        if holder is not None:
+            scope["state"]["key_name"] = holder.name
+        if self.limits is not None:
+            address = _address(scope, headers, self.address_header)
+            scope["state"]["caller"] = caller = self.limits.caller(holder, address)
+            await caller.charge("requests", 1)
+
+    async def _run(self, visit: _Visit, body: bytes, receive: Receive) -> None:
+        """The app, until it has answered, its client has left, or its time is over."""
         replayed = False
 
         async def receive_body() -> Message:
             nonlocal replayed
             if replayed:
-                return await receive()
+                await visit.left.wait()
+                return {"type": "http.disconnect"}
             replayed = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, receive_body, send_with_id)
+        work = asyncio.ensure_future(self.app(visit.scope, receive_body, visit.answer))
+        watch = asyncio.ensure_future(_until_left(receive, visit))
+        try:
+            time_left = visit.scope["state"]["deadline"] + LATE - asyncio.get_running_loop().time()
+            done, _ = await asyncio.wait(
+                (work, watch), timeout=time_left, return_when=asyncio.FIRST_COMPLETED
+            )
+            late = not done and not visit.status
+            if not done and not late:  # an answer that has begun in time may go on
+                await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        finally:  # also where the server cancels this request: the work ends with it
+            for task in (work, watch):
+                task.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+        if late:
+            message = "the request was not answered within its time; send less, or try again later"
+            await visit.refuse(RequestError(504, "deadline_exceeded", message))
+        elif not visit.left.is_set() and not work.cancelled() and (error := work.exception()) is not None:
+            await _settle(visit, error)
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None where the client left; RequestError(413) at the first byte over the limit."""
-        limit = f"the body has more than {self.max_body / 2**20:.0f} MiB"
-        declared = headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self.max_body:
-            raise RequestError(413, "request_too_large", limit)
-        chunks: list[bytes] = []
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > self.max_body:
-                raise RequestError(413, "request_too_large", limit)
-            more = message.get("more_body", False)
-        return b"".join(chunks)
+
+async def _settle(visit: _Visit, error: BaseException) -> None:
+    """The answer to a request on which the app failed."""
+    _log_failure(visit.request_id, error)
+    if not visit.status:
+        message = "the server failed on this request; its log has the request id"
+        await visit.refuse(RequestError(500, "internal_error", message))
+    elif not visit.ended:  # half an answer is out: only a closed connection says that it is not whole
+        raise RuntimeError(f"request {visit.request_id}: the answer broke off") from None
+
+
+def _log_failure(request_id: str, error: BaseException) -> None:
+    """Where it happened and of what kind; not its text, which may quote the request."""
+    frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    logger.error("request %s failed with %s\n%s", request_id, type(error).__name__, frames)
+
+
+async def _until_left(receive: Receive, visit: _Visit) -> None:
+    """Returns once the client has left; servers also say so when the answer is complete, which is nothing to act on."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    if not visit.ended:
+        visit.left.set()
+    else:
+        await asyncio.Event().wait()
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
+
+
+# ------------------------------------------------------------------------------------------ what a request says
 
 
 def _check_content_type(method: str, headers: Headers) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if method == "POST" and kind != "application/json":
         raise RequestError(415, "unsupported_media_type", "send JSON with content-type: application/json")
+
+
+def _seconds(asked: str, longest: float) -> float:
+    """What a client asks for, between `SHORTEST` and `longest`; `longest` where it is no number (NaN among them)."""
+    try:
+        seconds = float(asked)
+    except ValueError:
+        return longest
+    return longest if math.isnan(seconds) else min(max(seconds, min(SHORTEST, longest)), longest)
+
+
+def _route_path(scope: Scope) -> str:
+    """The path as the router sees it: below the prefix under which Ray Serve has put the app."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    below = path.removeprefix(root)
+    return below if root and path.startswith(root) and (not below or below.startswith("/")) else path
+
+
+def _address(scope: Scope, headers: Headers, header: str | None) -> str:
+    """Of the asker: of whoever holds the connection, unless a header is configured that our own proxy writes.
+
+    Of a list (`x-forwarded-for`) the last one counts: it is what that proxy saw, the ones before are what it was told.
+    """
+    if header is not None:
+        told = [part.strip() for line in headers.getlist(header) for part in line.split(",")]
+        if told and told[-1]:
+            return told[-1]
+    client = scope.get("client")
+    return str(client[0]) if client else "unknown"
+
+
+def _finished(visit: _Visit) -> Finished:
+    state, route = visit.scope["state"], visit.scope.get("route")
+    return Finished(
+        visit.scope["method"],
+        str(getattr(route, "path", "-")),
+        visit.status or 499,
+        time.monotonic() - visit.started,
+        visit.request_id,
+        state["key_name"],
+    )
+
+
+def log_finished(request: Finished) -> None:
+    """`Border(finished=log_finished)`: one line for a request, without prompt, picture, key or path."""
+    if not request_logger.hasHandlers():  # a replica of Ray Serve: its standard error is its log
+        request_logger.addHandler(logging.StreamHandler())
+    request_logger.setLevel(logging.INFO)
+    request_logger.info(
+        "%s %s %d %.1f ms %s key=%s",
+        request.method,
+        request.route,
+        request.status,
+        request.seconds * 1000,
+        request.request_id,
+        request.key_name,
+    )
