@@ -87,8 +87,18 @@ class RequestError(FmrayError, ValueError):
     """An HTTP request that cannot be answered, with what the OpenAI error body needs.
 
     `RequestError(400, "invalid_image", "input[3] is not an image", param="input[3]")`
+    `retry_after`: seconds after which it is worth while to ask again (429, 503, 504); None: it is not said.
     """
 
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        *,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.param = status, code, message, param
+        self.retry_after = retry_after

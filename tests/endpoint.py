@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -21,9 +22,15 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from fmray.config.serving import ServeConfig
 from fmray.models.answering import Answering
 from fmray.models.saved import save_dual_encoder
 from fmray.runtime.ports import free_port
+from fmray.serving.app import build_app
+from fmray.serving.batcher import Batcher
+from fmray.serving.metrics import Meters
+from fmray.serving.shelf import AnsweringModel, EmbeddingModel, Shelf
+from fmray.serving.zero_shot import LabelVectors
 from tests.tiny import tiny_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,!?"
@@ -70,6 +77,19 @@ def picture(color: str = "red", size: tuple[int, int] = (20, 24), kind: str = "P
 
 def data_url(data: bytes, mime: str = "image/png") -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def app_of(engine: Any, model_id: str = "m", **config: Any) -> FastAPI:
+    """The app of one engine that is there already."""
+    settings, meters = ServeConfig(checkpoint="none", **config), Meters()
+    batcher: Batcher[Any, Any] = Batcher(model_id, engine, settings.batch, meters)
+    if engine.capabilities.output == "embedding":
+        model: Any = EmbeddingModel(
+            model_id, "none", engine.capabilities, batcher, LabelVectors(batcher.answer)
+        )
+    else:
+        model = AnsweringModel(model_id, "none", engine.capabilities, batcher)
+    return build_app(Shelf([model]), settings, meters)
 
 
 @contextmanager

@@ -26,6 +26,11 @@ class TextAsk:
     truncate: bool = True
     """False: a text of too many tokens is refused."""
 
+    @property
+    def size(self) -> int:
+        """Bytes, about."""
+        return len(self.text)
+
 
 @dataclass(frozen=True, slots=True)
 class ImageAsk:
@@ -35,24 +40,35 @@ class ImageAsk:
     name: str
     """What to call it in an error."""
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.image)
+
 
 Ask = TextAsk | ImageAsk
 
 
 def read_asks(
-    items: Sequence[Item], *, modality: Modality, max_inputs: int, max_image_bytes: int, truncate: bool = True
+    items: Sequence[Item],
+    *,
+    modality: Modality,
+    max_inputs: int,
+    max_image_bytes: int,
+    truncate: bool = True,
+    field: str = "input",
 ) -> list[Ask]:
-    """The items of `input` in order; raises RequestError(400) with `param="input[3]"`.
+    """The items of a request's field in order; raises RequestError(400) with `param="input[3]"`.
 
     `modality` `auto`: a plain string is a text unless it is a `data:` URL; `image`: all must be pictures.
     """
     if not items:
-        raise RequestError(400, "empty_input", "input is empty", "input")
+        raise RequestError(400, "empty_input", f"{field} is empty", field)
     if len(items) > max_inputs:
-        raise RequestError(400, "too_many_inputs", f"input has more than {max_inputs} items", "input")
+        raise RequestError(400, "too_many_inputs", f"{field} has more than {max_inputs} items", field)
     asks: list[Ask] = []
     for position, item in enumerate(items):
-        name = f"input[{position}]"
+        name = f"{field}[{position}]"
         url, text = _url_or_text(item, modality)
         if url is not None:
             if modality == "text":

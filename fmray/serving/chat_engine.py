@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from fmray.errors import CheckpointError, RequestError
 from fmray.models.answering import Answering, Said
+from fmray.serving.asks import ImageAsk
 from fmray.serving.conversations import ChatAsk
-from fmray.serving.engines import Capabilities, ServingEngine
+from fmray.serving.engines import BatchEngine, Capabilities, Prepared
 from fmray.serving.images import pixels_of
 from fmray.types import Dialogue, Pictures, Turn
 
@@ -25,14 +29,14 @@ class AnswerCapabilities(Capabilities):
 
 
 @dataclass(frozen=True, slots=True)
-class ChatInputs:
-    """Conversations and their distinct pictures, decoded."""
+class ChatItem:
+    """A conversation and its decoded pictures, uint8 [3, S, S], by the digests of their bytes."""
 
-    asks: tuple[ChatAsk, ...]
-    pictures: Pictures
+    ask: ChatAsk
+    pixels: dict[str, Tensor]
 
 
-class ChatEngine(ServingEngine[ChatAsk, Any, Any, Said], Protocol):
+class ChatEngine(BatchEngine[ChatAsk, ChatItem, Said], Protocol):
     """What `/v1/chat/completions` needs."""
 
     @property
@@ -67,17 +71,35 @@ class AnswerEngine:
             raise CheckpointError("the model's answers are not finite: its weights are damaged")
         self._answering.answer([dialogue], grey)
 
-    def prepare(self, asks: Sequence[ChatAsk]) -> ChatInputs:
+    @property
+    def probe(self) -> ChatAsk:
+        """A question about a grey picture; its answer is one token long."""
+        side = self.capabilities.image_size
+        encoded = io.BytesIO()
+        Image.new("L", (side, side), 128).save(encoded, "PNG")
+        dialogue = Dialogue("probe", ("grey",), (Turn(("", "what is this?"), ""),))
+        return ChatAsk(dialogue, {"grey": ImageAsk(encoded.getvalue(), "probe")}, max_new_tokens=1)
+
+    def prepare(self, ask: ChatAsk) -> Prepared[ChatItem]:
         """Pictures to uint8 squares. Raises RequestError(400) for one that is damaged, for a conversation that this model does
         not read or that is too long for it, and where a longer answer is asked for than there is room for.
         """
-        for ask in asks:
-            self._check_shape(ask.dialogue)
-            self._check_length(ask)
-        images = {key: image for ask in asks for key, image in ask.images.items()}
-        encoded = [(image.image, image.name) for image in images.values()]
-        pixels = pixels_of(encoded, self._answering.image, max_pixels=self._max_pixels)
-        return ChatInputs(tuple(asks), Pictures(tuple(images), pixels))
+        self._check_shape(ask.dialogue)
+        self._check_length(ask)
+        pixels = {}
+        for key, image in ask.images.items():
+            square = pixels_of(
+                [(image.image, image.name)], self._answering.image, max_pixels=self._max_pixels
+            )
+            assert square is not None
+            pixels[key] = square[0]
+        size = sum(square.numel() for square in pixels.values())
+        return Prepared(ChatItem(ask, pixels), ask.max_new_tokens, size)
+
+    def collate(self, items: Sequence[ChatItem]) -> tuple[list[ChatItem], Pictures]:
+        """The conversations and their distinct pictures."""
+        pixels = {key: square for item in items for key, square in item.pixels.items()}
+        return list(items), Pictures(tuple(pixels), torch.stack([*pixels.values()]) if pixels else None)
 
     def _check_shape(self, dialogue: Dialogue) -> None:
         """Raises RequestError(400) where this model cannot read such a conversation at all."""
@@ -100,17 +122,11 @@ class AnswerEngine:
             message = "this model answers one question about one picture: the request has no question"
             raise RequestError(400, "empty_input", message, "messages")
 
-    def forward(self, inputs: ChatInputs) -> list[Said]:
-        """Answers on the model's device, those of one length together."""
-        said: dict[int, Said] = {}
-        for length in dict.fromkeys(ask.max_new_tokens for ask in inputs.asks):
-            places = [place for place, ask in enumerate(inputs.asks) if ask.max_new_tokens == length]
-            dialogues = [inputs.asks[place].dialogue for place in places]
-            used = dict.fromkeys(key for dialogue in dialogues for key in dialogue.pictures)
-            pictures = _some(inputs.pictures, tuple(used))
-            answers = self._answering.answer(dialogues, pictures, max_new_tokens=length)
-            said.update(zip(places, answers, strict=True))
-        return [said[place] for place in range(len(inputs.asks))]
+    def forward(self, batch: tuple[list[ChatItem], Pictures]) -> list[Said]:
+        """Answers of one longest length, on the model's device."""
+        items, pictures = batch
+        dialogues = [item.ask.dialogue for item in items]
+        return self._answering.answer(dialogues, pictures, max_new_tokens=items[0].ask.max_new_tokens)
 
     def _check_length(self, ask: ChatAsk) -> None:
         tokens = self._answering.prompt_tokens(ask.dialogue)
@@ -125,17 +141,3 @@ class AnswerEngine:
                 f"{name}={ask.max_new_tokens}: behind {tokens} tokens of messages there is room for {room}"
             )
             raise RequestError(400, "context_length_exceeded", message, name)
-
-    def finish(self, outputs: list[Said]) -> list[Said]:
-        """The answers."""
-        return outputs
-
-
-def _some(pictures: Pictures, keys: tuple[str, ...]) -> Pictures:
-    """Those pictures alone: a tower does not read one that nobody asks about."""
-    pixels = pictures.pixels_NCHW
-    return replace(
-        pictures,
-        keys=keys,
-        pixels_NCHW=None if pixels is None or not keys else pixels[pictures.rows(keys)],
-    )

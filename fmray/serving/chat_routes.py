@@ -1,6 +1,6 @@
 """`/v1/chat/completions`: a conversation about pictures to an answer.
 
-A request: route (here) -> EngineRunner.answer -> AnswerEngine.forward -> Answering.answer -> the model.
+A request: route (here) -> Batcher.answer -> AnswerEngine.forward -> Answering.answer -> the model.
 """
 
 from __future__ import annotations
@@ -8,12 +8,10 @@ from __future__ import annotations
 import time
 import uuid
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from fmray.config.serving import ServeConfig
 from fmray.errors import RequestError
-from fmray.models.answering import Said
-from fmray.serving.chat_engine import AnswerCapabilities
 from fmray.serving.chat_schemas import (
     AnswerMessage,
     ChatReply,
@@ -23,43 +21,35 @@ from fmray.serving.chat_schemas import (
     check_options,
 )
 from fmray.serving.conversations import ChatAsk, ChatLimits, read_conversation
-from fmray.serving.engines import EngineRunner
-from fmray.serving.model_routes import ModelRoutes
+from fmray.serving.inbound import deadline_of, note_times
+from fmray.serving.shelf import Shelf
 
 MIB = 2**20
 
 
 class ChatRoutes:
-    """`/v1/chat/completions` of one model."""
+    """`/v1/chat/completions` of every model on the shelf that answers."""
 
-    def __init__(
-        self,
-        runner: EngineRunner[ChatAsk, Said],
-        capabilities: AnswerCapabilities,
-        config: ServeConfig,
-    ) -> None:
-        self._runner = runner
+    def __init__(self, shelf: Shelf, config: ServeConfig) -> None:
+        self._shelf = shelf
         self._limits = ChatLimits(config.max_inputs, config.max_images, config.max_image_mib * MIB)
-        self._model = ModelRoutes(
-            capabilities,
-            config,
-            routes=("/v1/chat/completions",),
-            limits={"inputs": config.max_inputs, "images": config.max_images},
-            max_answer_tokens=capabilities.answer_tokens,
-        )
 
     def add_to(self, router: APIRouter) -> None:
-        """This route and those that every model has."""
-        self._model.add_to(router)
+        """This route."""
         router.post("/v1/chat/completions")(self.completions)
 
-    async def completions(self, body: ChatRequest) -> ChatReply:
+    async def completions(self, body: ChatRequest, request: Request) -> ChatReply:
         """What the model says to the last message; greedy, whole, one answer."""
-        self._model.check(body.model)
+        model = self._shelf.answering(body.model, "/v1/chat/completions")
         check_options(body)
         length, option = body.longest
-        dialogue, images = await self._runner.on_cpu(read_conversation, body.messages, self._limits)
-        (said,) = await self._runner.answer([ChatAsk(dialogue, images, length, option)])
+        with model.batcher.admission.visit():
+            read = model.batcher.admission.on_cpu
+            dialogue, images = await read(read_conversation, body.messages, self._limits)
+            ask = ChatAsk(dialogue, images, length, option)
+            answered = await model.batcher.answer([ask], deadline_of(request))
+        note_times(request, answered)
+        (said,) = answered.replies
         if said.embedding_D is not None:
             message = "the answer is a picture, which this endpoint does not send; ask for words"
             raise RequestError(400, "unsupported_output", message, "messages")

@@ -1,23 +1,25 @@
 """A dual encoder behind an endpoint: texts and images to vectors of one space.
 
-N asks of one batch  B rows of one kind  T tokens  C,H,W pixels  D width of the shared space
+N, B rows of a batch  T tokens  C,H,W pixels  D width of the shared space
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from fmray.errors import CheckpointError, RequestError
 from fmray.models.saved import LoadedDualEncoder
 from fmray.serving.asks import Ask, ImageAsk, TextAsk
-from fmray.serving.engines import Capabilities, ServingEngine
+from fmray.serving.engines import BatchEngine, Capabilities, Prepared
 from fmray.serving.images import pixels_of
+
+NOT_FINITE = "the model's answer to this item is not a number: its weights or its arithmetic are damaged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,48 +47,50 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True)
-class ClipInputs:
-    """A mixed batch: each side's rows, and which ask each belongs to."""
+class TextItem:
+    """A text's ids and whether it was cut."""
 
-    pixels_BCHW: Tensor | None
-    """uint8."""
-    image_asks: tuple[int, ...]
-    token_ids_BT: Tensor | None
-    mask_BT: Tensor | None
-    text_asks: tuple[int, ...]
-    tokens: tuple[int, ...]
-    """Per ask."""
-    truncated: tuple[bool, ...]
-    """Per ask."""
+    ids: tuple[int, ...]
+    truncated: bool
 
 
 @dataclass(frozen=True, slots=True)
-class ClipOutputs:
-    """Unit vectors in the order of the asks."""
+class ClipBatch:
+    """Rows of one kind: pictures, or texts."""
 
-    vectors_ND: Tensor
-    inputs: ClipInputs
+    pixels_BCHW: Tensor | None = None
+    """uint8."""
+    token_ids_BT: Tensor | None = None
+    mask_BT: Tensor | None = None
+    """int64, 1 at real tokens."""
+    truncated: tuple[bool, ...] = ()
+    """Per text."""
 
 
-class EmbeddingEngine(ServingEngine[Ask, Any, Any, Embedding], Protocol):
-    """What `/v1/embeddings` and `/v1/classify` need."""
+ClipItem = Tensor | TextItem
+"""uint8 pixels [3, S, S], or a text."""
+
+
+class EmbeddingEngine(BatchEngine[Ask, Any, Embedding], Protocol):
+    """What `/v1/embeddings` and its relatives need."""
 
     @property
     def capabilities(self) -> EmbeddingCapabilities: ...
 
 
 class ClipEngine:
-    """A dual encoder: texts and images in one batch, each through its own tower."""
+    """A dual encoder: pictures through one tower, texts of about one length through the other."""
 
-    max_batch = 64
+    max_batch = 32
 
     def __init__(self, loaded: LoadedDualEncoder, *, max_pixels: int) -> None:
         self._loaded = loaded
         self._max_pixels = max_pixels
         self._device = next(loaded.model.parameters()).device
-        self._tokenizer_lock = (
-            threading.Lock()
-        )  # a fast tokenizer's padding is state: two threads panic on it
+        # a copy that nobody changes: cutting and padding are states of a tokenizer, and many threads ask this one
+        self._tokenizer = Tokenizer.from_str(loaded.tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(loaded.max_tokens)
         with torch.inference_mode():
             scale, bias = loaded.model.logit_scale_and_bias()
         self.capabilities = EmbeddingCapabilities(
@@ -100,67 +104,75 @@ class ClipEngine:
             logit_bias=None if bias is None else bias.item(),
         )
 
+    @property
+    def probe(self) -> Ask:
+        """A short text."""
+        return TextAsk("a photo", name="probe")
+
     def warmup(self) -> None:
         """One text and one grey picture; raises CheckpointError where the vectors are not finite."""
         side = self.capabilities.image_size
-        text = self.prepare([TextAsk("a photo", name="warm-up")])
-        grey = torch.full((1, 3, side, side), 128, dtype=torch.uint8)
-        image = ClipInputs(grey, (0,), None, None, (), (0,), (False,))
-        for inputs in (text, image):
-            if not torch.isfinite(self.forward(inputs).vectors_ND).all():
+        grey = torch.full((3, side, side), 128, dtype=torch.uint8)
+        for item in (self.prepare(self.probe).value, grey):
+            if any(isinstance(reply, RequestError) for reply in self.forward(self.collate([item]))):
                 raise CheckpointError("the model's embeddings are not finite: its weights are damaged")
 
-    def prepare(self, asks: Sequence[Ask]) -> ClipInputs:
-        """Pictures to uint8 squares, texts to padded ids; raises RequestError(400) that names the ask."""
-        image_asks = tuple(i for i, ask in enumerate(asks) if isinstance(ask, ImageAsk))
-        images = [ask for ask in asks if isinstance(ask, ImageAsk)]
-        pixels = pixels_of(
-            [(ask.image, ask.name) for ask in images], self._loaded.image, max_pixels=self._max_pixels
-        )
-        texts = {i: ask for i, ask in enumerate(asks) if isinstance(ask, TextAsk)}
-        token_ids, mask, overflowed = self._tokenize([ask.text for ask in texts.values()])
-        tokens, truncated = [0] * len(asks), [False] * len(asks)
-        for row, (i, ask) in enumerate(texts.items()):
-            assert mask is not None
-            tokens[i], truncated[i] = int(mask[row].sum()), overflowed[row]
-            if truncated[i] and not ask.truncate:
-                limit = self.capabilities.max_tokens
-                message = f"{ask.name} has more than {limit} tokens; shorten it or send truncate=true"
-                raise RequestError(400, "context_length_exceeded", message, ask.name)
-        return ClipInputs(pixels, image_asks, token_ids, mask, tuple(texts), tuple(tokens), tuple(truncated))
+    def prepare(self, ask: Ask) -> Prepared[ClipItem]:
+        """A picture to a uint8 square, a text to ids; raises RequestError(400) that names the ask."""
+        if isinstance(ask, ImageAsk):
+            pixels = pixels_of([(ask.image, ask.name)], self._loaded.image, max_pixels=self._max_pixels)
+            assert pixels is not None
+            return Prepared(pixels[0], "image", pixels.numel())
+        encoding = self._tokenizer.encode(ask.text)
+        truncated = bool(encoding.overflowing)
+        if truncated and not ask.truncate:
+            limit = self.capabilities.max_tokens
+            message = f"{ask.name} has more than {limit} tokens; shorten it or send truncate=true"
+            raise RequestError(400, "context_length_exceeded", message, ask.name)
+        item = TextItem(tuple(encoding.ids), truncated)
+        return Prepared(item, ("text", _length_class(len(item.ids))), 8 * len(item.ids))
 
-    def _tokenize(self, texts: list[str]) -> tuple[Tensor | None, Tensor | None, list[bool]]:
-        """Ids and mask, int64 [B, T], and which texts were cut."""
-        if not texts:
-            return None, None, []
-        padding = "max_length" if self._loaded.model.config.pad_to_max else "longest"
-        with self._tokenizer_lock:
-            batch = self._loaded.tokenizer(
-                texts,
-                padding=padding,
-                truncation=True,
-                max_length=self._loaded.max_tokens,
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
-        overflowed = [bool(encoding.overflowing) for encoding in batch.encodings]
-        return batch["input_ids"], batch["attention_mask"], overflowed
+    def collate(self, items: Sequence[ClipItem]) -> ClipBatch:
+        """Pictures stacked, or ids padded on the tokenizer's side to the longest; on the model's device."""
+        pixels = [item for item in items if isinstance(item, Tensor)]
+        if pixels:
+            return ClipBatch(torch.stack(pixels).to(self._device))
+        texts = [item for item in items if isinstance(item, TextItem)]
+        tokenizer = self._loaded.tokenizer
+        longest = max(len(text.ids) for text in texts)
+        if self._loaded.model.config.pad_to_max:
+            longest = self._loaded.max_tokens
+        ids, mask = [], []
+        for text in texts:
+            pad = longest - len(text.ids)
+            before, behind = (pad, 0) if tokenizer.padding_side == "left" else (0, pad)
+            ids.append([tokenizer.pad_token_id] * before + [*text.ids] + [tokenizer.pad_token_id] * behind)
+            mask.append([0] * before + [1] * len(text.ids) + [0] * behind)
+        return ClipBatch(
+            token_ids_BT=torch.tensor(ids, device=self._device),
+            mask_BT=torch.tensor(mask, device=self._device),
+            truncated=tuple(text.truncated for text in texts),
+        )
 
     @torch.inference_mode()
-    def forward(self, inputs: ClipInputs) -> ClipOutputs:
-        """Both towers over their rows; float32 [N, D] on the device."""
-        model, device = self._loaded.model, self._device
-        vectors_ND = torch.empty(len(inputs.tokens), self.capabilities.dim, device=device)
-        if inputs.pixels_BCHW is not None:
-            vectors_ND[list(inputs.image_asks)] = model.encode_image(inputs.pixels_BCHW.to(device))
-        if inputs.token_ids_BT is not None and inputs.mask_BT is not None:
-            vectors_ND[list(inputs.text_asks)] = model.encode_text(
-                inputs.token_ids_BT.to(device), inputs.mask_BT.to(device)
-            )
-        return ClipOutputs(vectors_ND, inputs)
+    def forward(self, batch: ClipBatch) -> list[Embedding | RequestError]:
+        """The rows through their tower; an error for a row whose vector is not finite."""
+        model = self._loaded.model
+        if batch.pixels_BCHW is not None:
+            vectors_ND = model.encode_image(batch.pixels_BCHW).float().cpu()
+            tokens, truncated = [0] * len(vectors_ND), (False,) * len(vectors_ND)
+        else:
+            assert batch.token_ids_BT is not None
+            assert batch.mask_BT is not None
+            vectors_ND = model.encode_text(batch.token_ids_BT, batch.mask_BT).float().cpu()
+            tokens, truncated = batch.mask_BT.sum(1).tolist(), batch.truncated
+        finite = torch.isfinite(vectors_ND).all(1).tolist()
+        return [
+            Embedding(vector_D, length, cut) if sound else RequestError(500, "model_failed", NOT_FINITE)
+            for sound, vector_D, length, cut in zip(finite, vectors_ND, tokens, truncated, strict=True)
+        ]
 
-    def finish(self, outputs: ClipOutputs) -> list[Embedding]:
-        """The rows, one embedding per ask."""
-        vectors_ND = outputs.vectors_ND.cpu()
-        facts = zip(vectors_ND, outputs.inputs.tokens, outputs.inputs.truncated, strict=True)
-        return [Embedding(vector_D, tokens, truncated) for vector_D, tokens, truncated in facts]
+
+def _length_class(tokens: int) -> int:
+    """The power of two that is not below: texts of a class waste less than half a batch on padding."""
+    return 1 << max(3, (tokens - 1).bit_length())

@@ -30,6 +30,11 @@ class ChatAsk:
     length_option: str = "max_tokens"
     """What the request calls that."""
 
+    @property
+    def size(self) -> int:
+        """Bytes, about."""
+        return sum(image.size for image in self.images.values())
+
 
 @dataclass(frozen=True, slots=True)
 class ChatLimits:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from fmray.serving.engines import Kind
+    from fmray.serving.metrics import Meters, Sink
+    from fmray.serving.shelf import ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -53,27 +55,41 @@ def serve(config: ServeConfig) -> None:
         _serve_here(config)
 
 
-def build_model_app(config: ServeConfig) -> FastAPI:
-    """Load the model, warm it up, build the app of its kind: in this process or in a replica."""
-    kind = kind_of(config.checkpoint)
+def build_model_app(config: ServeConfig, also: Sink | None = None) -> FastAPI:
+    """Load the models, warm them up, build their app: in this process or in a replica. `also` receives what is counted."""
+    from fmray.serving.app import build_app
+    from fmray.serving.metrics import Meters
+    from fmray.serving.shelf import Shelf
+
+    meters = Meters(also)
     torch.set_num_threads(config.runtime.threads or max(1, (os.cpu_count() or 1) // config.replicas))
+    config = config.named(kind_of(config.checkpoint))
+    places = {str(config.model_id): config.checkpoint, **config.more}
+    return build_app(Shelf([open_model(*place, config, meters) for place in places.items()]), config, meters)
+
+
+def open_model(model_id: str, location: str, config: ServeConfig, meters: Meters) -> ServedModel:
+    """A saved model, loaded and warm; raises CheckpointError where there is none or its numbers are not finite."""
+    from fmray.models.answering import load_answering
+    from fmray.models.saved import load_dual_encoder
+    from fmray.serving.batcher import Batcher
+    from fmray.serving.chat_engine import AnswerEngine
+    from fmray.serving.clip_engine import ClipEngine
+    from fmray.serving.shelf import AnsweringModel, EmbeddingModel
+    from fmray.serving.zero_shot import LabelVectors
+
+    kind = kind_of(location)
     device, max_pixels = choose_device(config.runtime.device), int(config.max_image_megapixels * 1e6)
     if kind == "clip":
-        from fmray.models.saved import load_dual_encoder
-        from fmray.serving.app import build_embedding_app
-        from fmray.serving.clip_engine import ClipEngine
-
-        clip = ClipEngine(load_dual_encoder(config.checkpoint, device), max_pixels=max_pixels)
+        clip = ClipEngine(load_dual_encoder(location, device), max_pixels=max_pixels)
         clip.warmup()
-        return build_embedding_app(clip, config)
-    from fmray.models.answering import load_answering
-    from fmray.serving.app import build_chat_app
-    from fmray.serving.chat_engine import AnswerEngine
-
-    with _on_disk(config.checkpoint) as folder:
+        vectors = Batcher(model_id, clip, config.batch, meters)
+        return EmbeddingModel(model_id, location, clip.capabilities, vectors, LabelVectors(vectors.answer))
+    with _on_disk(location) as folder:
         answers = AnswerEngine(load_answering(folder, device), kind, max_pixels=max_pixels)
     answers.warmup()
-    return build_chat_app(answers, config)
+    said = Batcher(model_id, answers, config.batch, meters)
+    return AnsweringModel(model_id, location, answers.capabilities, said)
 
 
 def kind_of(location: str) -> Kind:

@@ -1,6 +1,6 @@
 """Routes of a dual encoder: texts and images to vectors, and pictures to probabilities of labels.
 
-A request: route (here) -> EngineRunner.answer -> ClipEngine.forward -> the model. N items  L labels  D width
+A request: route (here) -> Batcher.answer -> ClipEngine.forward -> the model. N items  L labels  D width
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from torch.nn import functional as F
 
 from fmray.config.serving import ServeConfig
 from fmray.errors import RequestError
 from fmray.serving.asks import Ask, ImageAsk, Modality, read_asks
 from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
-from fmray.serving.engines import EngineRunner
-from fmray.serving.model_routes import ModelRoutes
+from fmray.serving.inbound import deadline_of, note_times
 from fmray.serving.schemas import (
     JSON,
     Classification,
@@ -31,64 +30,61 @@ from fmray.serving.schemas import (
     LabelScore,
     Usage,
 )
-from fmray.serving.zero_shot import NEUTRAL, LabelVectors, check_labels, probabilities
+from fmray.serving.shelf import EmbeddingModel, Shelf
+from fmray.serving.zero_shot import NEUTRAL, check_labels, probabilities
 
 MIB = 2**20
 
 
 class EmbeddingRoutes:
-    """`/v1/embeddings` and `/v1/classify` of one model."""
+    """`/v1/embeddings` and `/v1/classify` of every dual encoder on the shelf."""
 
-    def __init__(
-        self,
-        runner: EngineRunner[Ask, Embedding],
-        capabilities: EmbeddingCapabilities,
-        config: ServeConfig,
-    ) -> None:
-        self._runner, self._capabilities, self._config = runner, capabilities, config
-        self._labels = LabelVectors(runner.answer)
-        self._model = ModelRoutes(
-            capabilities,
-            config,
-            routes=("/v1/embeddings", "/v1/classify"),
-            limits={"inputs": config.max_inputs, "labels": config.max_labels},
-            dim=capabilities.dim,
-        )
+    def __init__(self, shelf: Shelf, config: ServeConfig) -> None:
+        self._shelf, self._config = shelf, config
 
     def add_to(self, router: APIRouter) -> None:
-        """These routes and those that every model has."""
-        self._model.add_to(router)
+        """These routes."""
         router.post("/v1/embeddings", response_model=EmbeddingsReply)(self.embeddings)
         router.post("/v1/classify", response_model=ClassifyReply)(self.classify)
 
     # ---------------------------------------------------------------------------------------------- questions
 
-    async def embeddings(self, body: EmbeddingsRequest) -> Response:
+    async def embeddings(self, body: EmbeddingsRequest, request: Request) -> Response:
         """Texts and images to vectors of the model's shared space, in the order of `input`."""
-        self._model.check(body.model)
-        width = self._capabilities.dim
+        model = self._shelf.embedding(body.model, "/v1/embeddings")
+        width = model.capabilities.dim
         if body.dimensions is not None and body.dimensions > width:
             message = f"dimensions: this model has {width}, ask for 1 to {width}"
             raise RequestError(400, "invalid_value", message, "dimensions")
-        asks = await self._read(body.input, body.modality, truncate=body.truncate)
-        embedded = await self._runner.answer(asks)
-        reply = await self._runner.on_cpu(self._embeddings_reply, body, embedded, _usage(asks, embedded))
+        on_cpu = model.batcher.admission.on_cpu
+        with model.batcher.admission.visit():
+            asks = await self._read(model, body.input, body.modality, truncate=body.truncate)
+            answered = await model.batcher.answer(asks, deadline_of(request))
+            note_times(request, answered)
+            usage = usage_of(asks, answered.replies)
+            reply = await on_cpu(_embeddings_reply, body, answered.replies, usage)
         return Response(reply, media_type=JSON)
 
-    async def classify(self, body: ClassifyRequest) -> Response:
+    async def classify(self, body: ClassifyRequest, request: Request) -> Response:
         """Which label fits each picture, with probabilities, best first."""
-        self._model.check(body.model)
+        model = self._shelf.embedding(body.model, "/v1/classify")
         check_labels(body.labels, body.template, max_labels=self._config.max_labels)
-        asks = await self._read(body.input, "image")
-        neutral = [NEUTRAL] if body.multi_label else []
-        labels = await self._labels.of([*body.labels, *neutral], body.template)
-        images = await self._runner.answer(asks)
-        usage = _usage(asks, [*labels, *images])
-        reply = await self._runner.on_cpu(self._classify_reply, body, images, labels, usage)
+        with model.batcher.admission.visit():
+            asks = await self._read(model, body.input, "image")
+            neutral = [NEUTRAL] if body.multi_label else []
+            labels = await model.labels.of([*body.labels, *neutral], body.template)
+            answered = await model.batcher.answer(asks, deadline_of(request))
+            note_times(request, answered)
+            usage = usage_of(asks, [*labels, *answered.replies])
+            reply = await model.batcher.admission.on_cpu(
+                _classify_reply, body, answered.replies, labels, usage, model.capabilities
+            )
         return Response(reply, media_type=JSON)
 
-    async def _read(self, items: Sequence[Item], modality: Modality, truncate: bool = True) -> list[Ask]:
-        return await self._runner.on_cpu(
+    async def _read(
+        self, model: EmbeddingModel, items: Sequence[Item], modality: Modality, truncate: bool = True
+    ) -> list[Ask]:
+        return await model.batcher.admission.on_cpu(
             lambda: read_asks(
                 items,
                 modality=modality,
@@ -98,36 +94,44 @@ class EmbeddingRoutes:
             )
         )
 
-    # ------------------------------------------------------------------------------------------------ replies
 
-    def _embeddings_reply(self, body: EmbeddingsRequest, embedded: Sequence[Embedding], usage: Usage) -> str:
-        vectors_ND = torch.stack([one.vector_D for one in embedded])
-        if body.dimensions is not None:
-            vectors_ND = F.normalize(vectors_ND[:, : body.dimensions], dim=1)
-        if body.encoding_format == "base64":
-            raw = vectors_ND.numpy().astype("<f4")
-            values: list[Any] = [base64.b64encode(row.tobytes()).decode("ascii") for row in raw]
-        else:
-            values = vectors_ND.tolist()
-        data = [EmbeddingObject(index=i, embedding=value) for i, value in enumerate(values)]
-        return EmbeddingsReply(data=data, model=body.model, usage=usage).model_dump_json()
-
-    def _classify_reply(
-        self, body: ClassifyRequest, images: Sequence[Embedding], labels: Sequence[Embedding], usage: Usage
-    ) -> str:
-        image_ND = torch.stack([one.vector_D for one in images])
-        label_LD = torch.stack([one.vector_D for one in labels[: len(body.labels)]])
-        neutral_D = labels[-1].vector_D if body.multi_label else None
-        scores_NL = probabilities(image_ND, label_LD, neutral_D, self._capabilities)
-        best = scores_NL.topk(min(body.top_k or len(body.labels), len(body.labels)), dim=1)
-        data = []
-        for i, (scores, columns) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            probs = [LabelScore(label=body.labels[c], score=s) for c, s in zip(columns, scores, strict=True)]
-            data.append(Classification(index=i, label=probs[0].label, probs=probs))
-        return ClassifyReply(data=data, model=body.model, usage=usage).model_dump_json()
+# ---------------------------------------------------------------------------------------------------- replies
 
 
-def _usage(asks: Sequence[Ask], embedded: Sequence[Embedding]) -> Usage:
+def _embeddings_reply(body: EmbeddingsRequest, embedded: Sequence[Embedding], usage: Usage) -> str:
+    vectors_ND = torch.stack([one.vector_D for one in embedded])
+    if body.dimensions is not None:
+        vectors_ND = F.normalize(vectors_ND[:, : body.dimensions], dim=1)
+    if body.encoding_format == "base64":
+        raw = vectors_ND.numpy().astype("<f4")
+        values: list[Any] = [base64.b64encode(row.tobytes()).decode("ascii") for row in raw]
+    else:
+        values = vectors_ND.tolist()
+    data = [EmbeddingObject(index=i, embedding=value) for i, value in enumerate(values)]
+    return EmbeddingsReply(data=data, model=body.model, usage=usage).model_dump_json()
+
+
+def _classify_reply(
+    body: ClassifyRequest,
+    images: Sequence[Embedding],
+    labels: Sequence[Embedding],
+    usage: Usage,
+    capabilities: EmbeddingCapabilities,
+) -> str:
+    image_ND = torch.stack([one.vector_D for one in images])
+    label_LD = torch.stack([one.vector_D for one in labels[: len(body.labels)]])
+    neutral_D = labels[-1].vector_D if body.multi_label else None
+    scores_NL = probabilities(image_ND, label_LD, neutral_D, capabilities)
+    best = scores_NL.topk(min(body.top_k or len(body.labels), len(body.labels)), dim=1)
+    data = []
+    for i, (scores, columns) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+        probs = [LabelScore(label=body.labels[c], score=s) for c, s in zip(columns, scores, strict=True)]
+        data.append(Classification(index=i, label=probs[0].label, probs=probs))
+    return ClassifyReply(data=data, model=body.model, usage=usage).model_dump_json()
+
+
+def usage_of(asks: Sequence[Ask], embedded: Sequence[Embedding]) -> Usage:
+    """What some asks cost; `embedded` may hold more than their own (labels)."""
     tokens = sum(one.tokens for one in embedded)
     images = sum(isinstance(ask, ImageAsk) for ask in asks)
     truncated = sum(one.truncated for one in embedded)

@@ -1,19 +1,17 @@
-"""What a served model is: prepare (CPU), forward (model only), finish (CPU); and the threads it runs in."""
+"""What a served model is to HTTP: asks in, replies out; prepared one by one, answered in batches."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-Ask = TypeVar("Ask", contravariant=True)
-Inputs = TypeVar("Inputs")
-Outputs = TypeVar("Outputs")
-Reply = TypeVar("Reply")
+from fmray.errors import RequestError
+
 Value = TypeVar("Value")
+Ask = TypeVar("Ask")
+Item = TypeVar("Item")
+Reply = TypeVar("Reply", covariant=True)
 
 Kind = Literal["clip", "vqa", "mllm"]
 KINDS: dict[Kind, str] = {
@@ -42,68 +40,38 @@ class Capabilities:
     """Side of the square that a picture becomes."""
 
 
-class ServingEngine(Protocol[Ask, Inputs, Outputs, Reply]):
-    """A model behind an endpoint. HTTP knows these verbs only; a batcher can stand between the first two."""
+@dataclass(frozen=True, slots=True)
+class Prepared(Generic[Value]):
+    """An ask as tensors. `Prepared(pixels_CHW, bucket="image", size=150_528)`"""
 
-    @property
-    def capabilities(self) -> Capabilities: ...
+    value: Value
+    bucket: Hashable
+    """Only items of one bucket share a batch: pictures; texts of about one length."""
+    size: int
+    """Bytes it holds while it waits."""
+
+
+class BatchEngine(Protocol[Ask, Item, Reply]):
+    """A model that answers each batch with one forward pass."""
 
     @property
     def max_batch(self) -> int:
-        """Asks that `forward` takes at once; a longer request is cut."""
+        """Items that `forward` takes at once."""
         ...
 
-    def warmup(self) -> None:
-        """One synthetic ask all the way through; raises CheckpointError where the model cannot answer it."""
+    @property
+    def probe(self) -> Ask:
+        """A synthetic ask that every healthy model answers."""
         ...
 
-    def prepare(self, asks: Sequence[Ask]) -> Inputs:
-        """Decode and tokenise, on the CPU, in any thread; raises RequestError that names the ask."""
+    def prepare(self, ask: Ask) -> Prepared[Item]:
+        """Decode or tokenise one, on the CPU, in any thread; raises RequestError that names the ask."""
         ...
 
-    def forward(self, inputs: Inputs) -> Outputs:
-        """The model alone, on its device, one call at a time."""
+    def collate(self, items: Sequence[Item]) -> Any:
+        """Items of one bucket as a batch, in any thread."""
         ...
 
-    def finish(self, outputs: Outputs) -> list[Reply]:
-        """One reply per ask, in order, on the CPU, in any thread."""
+    def forward(self, batch: Any) -> Sequence[Reply | RequestError]:
+        """The model, one call at a time: one reply per item in order, an error for an item that it cannot answer."""
         ...
-
-
-# ----------------------------------------------------------------------------------------- off the event loop
-
-
-RunAsk = TypeVar("RunAsk")
-RunReply = TypeVar("RunReply")
-
-
-class EngineRunner(Generic[RunAsk, RunReply]):
-    """Answers asks without blocking the event loop: CPU work in a pool, the model in one thread of its own.
-
-    One thread, not a lock: torch keeps a team of OpenMP threads per calling thread, and a second team would
-    only compete for the same cores. A batcher with the same `answer` can take this class's place.
-    """
-
-    def __init__(self, engine: ServingEngine[RunAsk, Any, Any, RunReply]) -> None:
-        self.engine = engine
-        self._cpu = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1), thread_name_prefix="prepare")
-        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
-
-    async def answer(self, asks: Sequence[RunAsk]) -> list[RunReply]:
-        """One reply per ask, in order; raises RequestError. Long requests are cut: others get a turn."""
-        loop, engine = asyncio.get_running_loop(), self.engine
-        replies: list[RunReply] = []
-        for start in range(0, len(asks), engine.max_batch):
-            inputs = await self.on_cpu(engine.prepare, asks[start : start + engine.max_batch])
-            outputs = await loop.run_in_executor(self._device, engine.forward, inputs)
-            replies += await self.on_cpu(engine.finish, outputs)
-        return replies
-
-    async def on_cpu(self, work: Callable[..., Value], *arguments: Any) -> Value:
-        """Any CPU work of a request, in the pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._cpu, work, *arguments)
-
-    def close(self) -> None:
-        """End the threads; what was asked and has not started is dropped."""
-        for pool in (self._cpu, self._device):
-            pool.shutdown(wait=False, cancel_futures=True)

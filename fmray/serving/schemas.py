@@ -272,6 +272,13 @@ class Health(Body):
     status: Literal["ok"] = "ok"
 
 
+class Ready(Body):
+    """Reply of `GET /ready`: every model has just answered a synthetic item."""
+
+    status: Literal["ready"] = "ready"
+    models: list[str]
+
+
 class ErrorFacts(Body):
     """What went wrong, for a program and for a person."""
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fmray.errors import RequestError
 from fmray.serving.asks import TextAsk, checked_text
+from fmray.serving.batcher import Answered
 from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
 
 MAX_LABEL_CHARACTERS = 1000
@@ -26,7 +27,7 @@ MAX_SENTENCES = 20_000
 NEUTRAL = "thing"
 """The label that every picture fits."""
 
-Answer = Callable[[Sequence[TextAsk]], Awaitable[list[Embedding]]]
+Answer = Callable[[Sequence[TextAsk]], Awaitable[Answered[Embedding]]]
 
 
 def check_labels(labels: Sequence[str], templates: Sequence[str], *, max_labels: int) -> None:
@@ -79,7 +80,7 @@ class LabelVectors:
             for _, label in missing
             for template in templates
         ]
-        embedded = await self._answer(sentences) if sentences else []
+        embedded = (await self._answer(sentences)).replies if sentences else []
         for position, (key, _) in enumerate(missing):
             found[key] = _mean(embedded[position * len(templates) : (position + 1) * len(templates)])
         for key in keys:

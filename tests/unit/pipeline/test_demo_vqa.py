@@ -12,7 +12,6 @@ from fmray.config.answers import AnswerEvaluateConfig, AnswersConfig
 from fmray.config.base import RunConfig
 from fmray.config.data import JsonlSource
 from fmray.config.dialogues import DialogueDataConfig, LabelSource
-from fmray.config.serving import ServeConfig
 from fmray.data.dialogue_loader import decoded_pictures
 from fmray.data.dialogues import ListedDialogues, open_dialogues
 from fmray.errors import DataError
@@ -23,12 +22,11 @@ from fmray.pipeline.demo_vqa import MODEL_ID, VqaPart, chosen, converse, message
 from fmray.pipeline.report import render
 from fmray.pipeline.sections import Gallery, Report, Text
 from fmray.runtime.run_folder import RunFolder
-from fmray.serving.app import build_chat_app
 from fmray.serving.chat_engine import AnswerEngine
 from fmray.serving.chat_schemas import Message
 from fmray.serving.conversations import ChatLimits, read_conversation
 from fmray.types import Dialogue, Pictures, Turn
-from tests.endpoint import serving
+from tests.endpoint import app_of, serving
 from tests.pictures import COLORS, SHAPES, draw
 from tests.tiny_vqa import tiny_vqa
 from tests.unit.evaluation.contexts import context
@@ -73,9 +71,7 @@ def part(tmp_path_factory: pytest.TempPathFactory) -> VqaPart:
     home.write_text("\n".join(map(json.dumps, [*steps, {"step": 4, **metrics}])) + "\n", "metrics.jsonl")
     home.write_text(json.dumps({"step": 4, "metrics": metrics, **details}), "evaluation.json")
     answering.model.eval()
-    app = build_chat_app(
-        AnswerEngine(answering, "vqa", max_pixels=10**6), ServeConfig(checkpoint="here", model_id=MODEL_ID)
-    )
+    app = app_of(AnswerEngine(answering, "vqa", max_pixels=10**6), MODEL_ID)
     with serving(app) as address:
         conversation = converse(test, address)
     return VqaPart(config, conversation)

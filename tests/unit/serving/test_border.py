@@ -12,11 +12,10 @@ import openai
 import pytest
 import torch
 
-from fmray.config.serving import ServeConfig
-from fmray.serving.app import build_embedding_app
-from fmray.serving.asks import Ask
+from fmray.serving.asks import Ask, TextAsk
 from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
-from tests.endpoint import serving
+from fmray.serving.engines import Prepared
+from tests.endpoint import app_of, serving
 
 
 class LengthEngine:
@@ -37,14 +36,18 @@ class LengthEngine:
     def __init__(self) -> None:
         self.at_once, self.most_at_once, self.threads = 0, 0, set[str]()
 
-    def warmup(self) -> None:
-        self.forward(self.prepare([]))
+    @property
+    def probe(self) -> Ask:
+        return TextAsk("probe", "probe")
 
-    def prepare(self, asks: Sequence[Ask]) -> list[str]:
+    def prepare(self, ask: Ask) -> Prepared[str]:
         assert threading.current_thread() is not threading.main_thread()
-        return [getattr(ask, "text", "") for ask in asks]
+        return Prepared(getattr(ask, "text", ""), "text", 1)
 
-    def forward(self, inputs: list[str]) -> torch.Tensor:
+    def collate(self, items: Sequence[str]) -> list[str]:
+        return list(items)
+
+    def forward(self, inputs: list[str]) -> list[Embedding]:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         self.threads.add(threading.current_thread().name)
@@ -53,10 +56,8 @@ class LengthEngine:
         if "break" in inputs:
             raise RuntimeError(f"CUDA error: device-side assert at {hex(id(self))} in /secret/path.py")
         angle_N = torch.tensor([float(len(text)) for text in inputs])
-        return torch.stack([angle_N.cos(), angle_N.sin()], dim=1)
-
-    def finish(self, outputs: torch.Tensor) -> list[Embedding]:
-        return [Embedding(vector_D, tokens=1, truncated=False) for vector_D in outputs]
+        vectors_N2 = torch.stack([angle_N.cos(), angle_N.sin()], dim=1)
+        return [Embedding(vector_D, tokens=1, truncated=False) for vector_D in vectors_N2]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def engine() -> LengthEngine:
 
 @pytest.fixture(scope="module")
 def url(engine: LengthEngine) -> object:
-    with serving(build_embedding_app(engine, ServeConfig(checkpoint="none", model_id="m"))) as url:
+    with serving(app_of(engine)) as url:
         yield url
 
 
@@ -78,10 +79,10 @@ def test_an_unexpected_failure_tells_nothing_and_is_not_retried(url: str) -> Non
     reply = embed(url, "break")
     assert reply.status_code == 500
     assert reply.json()["error"] == {
-        "message": "the server failed on this request; its log has the request id",
+        "message": "the model could not answer this item",
         "type": "server_error",
         "param": None,
-        "code": "internal_error",
+        "code": "model_failed",
     }
     assert reply.headers["x-should-retry"] == "false"
     assert reply.headers["x-request-id"].startswith("req_")

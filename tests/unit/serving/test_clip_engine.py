@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from fmray.errors import CheckpointError, RequestError
 from fmray.models.saved import load_dual_encoder
@@ -22,7 +21,13 @@ def engine_of(checkpoint: str) -> ClipEngine:
 
 
 def through(engine: ClipEngine, asks: list[Ask]) -> list[Embedding]:
-    return engine.finish(engine.forward(engine.prepare(asks)))
+    """Each by itself."""
+    replies = []
+    for ask in asks:
+        (reply,) = engine.forward(engine.collate([engine.prepare(ask).value]))
+        assert isinstance(reply, Embedding)
+        replies.append(reply)
+    return replies
 
 
 def test_a_mixed_batch_is_what_the_model_says_of_each(checkpoint: str) -> None:
@@ -58,7 +63,7 @@ def test_a_long_text_is_cut_and_says_so(checkpoint: str) -> None:
     assert (cut.tokens, cut.truncated) == (12, True)
     torch.testing.assert_close(fits.vector_D, same.vector_D)
     with pytest.raises(RequestError, match=r"input\[1\] has more than 12 tokens") as caught:
-        engine.prepare([TextAsk("a", "input[0]", False), TextAsk("a" * 11, "input[1]", False)])
+        engine.prepare(TextAsk("a" * 11, "input[1]", False))
     assert caught.value.code == "context_length_exceeded"
 
 
@@ -73,7 +78,7 @@ def test_a_bad_picture_is_named_and_no_address_told(checkpoint: str) -> None:
     whole = picture(size=(200, 200))
     for length in (9, 40, len(whole) // 2):
         with pytest.raises(RequestError) as caught:
-            engine_of(checkpoint).prepare([ImageAsk(whole, "input[0]"), ImageAsk(whole[:length], "input[1]")])
+            engine_of(checkpoint).prepare(ImageAsk(whole[:length], "input[1]"))
         assert (caught.value.code, caught.value.param) == ("invalid_image", "input[1]")
         assert "0x" not in caught.value.message
 
@@ -88,20 +93,40 @@ def test_warm_up_finds_damaged_weights(checkpoint: str) -> None:
 
 
 def test_preparing_in_several_threads_gives_the_same(checkpoint: str) -> None:
-    """Fast tokenizers keep their padding as state; without the lock this fails."""
+    """Fast tokenizers keep padding and cutting as state: two threads that set it panic."""
     engine = engine_of(checkpoint)
-    texts = ["a" * (1 + i % 10) for i in range(64)]
-    alone = [engine.prepare([TextAsk(text, "")]).token_ids_BT for text in texts]
+    asks = [TextAsk("a" * (1 + i % 14), "") for i in range(64)]
+    alone = [engine.prepare(ask) for ask in asks]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda text: engine.prepare([TextAsk(text, "")]).token_ids_BT, texts))
-    for one, other in zip(alone, together, strict=True):
-        assert one is not None
-        assert other is not None
-        assert one.tolist() == other.tolist()
+        together = list(pool.map(engine.prepare, asks))
+    assert alone == together
 
 
-def test_padding_does_not_change_a_text(checkpoint: str) -> None:
+def test_a_batch_is_what_each_is_alone(checkpoint: str) -> None:
+    """Texts of other lengths and pictures beside it change nothing but the last bits."""
     engine = engine_of(checkpoint)
-    alone = through(engine, [TextAsk("red", "")])[0].vector_D
-    beside = through(engine, [TextAsk("red", ""), TextAsk("a longer one", "")])[0].vector_D
-    assert F.cosine_similarity(alone, beside, dim=0).item() == pytest.approx(1, abs=1e-6)
+    for asks in (
+        [TextAsk("red", ""), TextAsk("a longer", ""), TextAsk("a" * 30, "")],
+        [ImageAsk(picture("red"), ""), ImageAsk(picture("blue", size=(9, 40)), "")],
+    ):
+        together = engine.forward(engine.collate([engine.prepare(ask).value for ask in asks]))
+        for ask, reply in zip(asks, together, strict=True):
+            assert isinstance(reply, Embedding)
+            (alone,) = through(engine, [ask])
+            torch.testing.assert_close(reply.vector_D, alone.vector_D, atol=1e-6, rtol=0)
+            assert (reply.tokens, reply.truncated) == (alone.tokens, alone.truncated)
+
+
+def test_a_row_that_is_not_a_number_fails_alone(checkpoint: str) -> None:
+    """Weights of one token's row are damaged: only the text that has this token is told so."""
+    loaded = load_dual_encoder(checkpoint, CPU)
+    (letter,) = loaded.tokenizer.convert_tokens_to_ids(["z"])
+    with torch.no_grad():
+        loaded.model.text.get_input_embeddings().weight[letter] = math.nan
+    engine = ClipEngine(loaded, max_pixels=1)
+    items = [engine.prepare(TextAsk(text, "")).value for text in ("red", "zebra", "blue")]
+    red, zebra, blue = engine.forward(engine.collate(items))
+    assert isinstance(red, Embedding)
+    assert isinstance(blue, Embedding)
+    assert isinstance(zebra, RequestError)
+    assert (zebra.status, zebra.code) == (500, "model_failed")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fmray.errors import RequestError
 from fmray.serving.asks import TextAsk
+from fmray.serving.batcher import Answered
 from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
 from fmray.serving.zero_shot import LabelVectors, check_labels, probabilities
 
@@ -37,9 +38,9 @@ class Answers:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    async def __call__(self, asks: Sequence[TextAsk]) -> list[Embedding]:
+    async def __call__(self, asks: Sequence[TextAsk]) -> Answered[Embedding]:
         self.asked += [ask.text for ask in asks]
-        return [Embedding(unit(ask.text), tokens=1, truncated=False) for ask in asks]
+        return Answered([Embedding(unit(ask.text), tokens=1, truncated=False) for ask in asks], 0.0, 0.0)
 
 
 def test_an_ensemble_is_the_normalised_mean() -> None:

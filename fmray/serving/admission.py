@@ -1,0 +1,106 @@
+"""Who is let in: items and bytes that one model holds, the threads that prepare them, and the time that they have."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from fmray.config.serving import BatchConfig
+from fmray.errors import RequestError
+from fmray.serving.metrics import Meters
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+Value = TypeVar("Value")
+
+MIB = 2**20
+CLOSED = "this replica is shutting down; send the request again"
+
+
+class Admission:
+    """The waiting room of one model. For one event loop: no lock."""
+
+    def __init__(self, name: str, config: BatchConfig, meters: Meters) -> None:
+        self.name, self.config, self.meters = name, config, meters
+        self.closed = False
+        self._items, self._bytes, self._visits = 0, 0, 0
+        self._pace = 0.0
+        threads = config.prepare_threads or max(2, os.cpu_count() or 1)
+        self._cpu = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="prepare")
+
+    @property
+    def empty(self) -> bool:
+        """No request is about to ask this model, none waits, none is being answered."""
+        return not self._visits and not self._items
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        """Around a request that has found this model and may ask it: until it ends, the model is not taken away."""
+        self._visits += 1
+        try:
+            yield
+        finally:
+            self._visits -= 1
+
+    @contextmanager
+    def hold(self, items: int, size: int) -> Iterator[None]:
+        """Room for some items of `size` bytes; raises RequestError: 429 where there is none, 503 when closed.
+
+        A lone request is always let in: how large it may be is the border's business.
+        """
+        if self.closed:
+            raise RequestError(503, "shutting_down", CLOSED, retry_after=1.0)
+        over = self._items + items > self.config.queue_items
+        over = over or self._bytes + size > self.config.queue_mib * MIB
+        if over and self._items:
+            self.meters.count("fmray_rejected_total", items, model=self.name, reason="overloaded")
+            message = f"{self._items} items wait for {self.name!r} and no more may; try again later"
+            raise RequestError(429, "overloaded", message, retry_after=self.retry_after)
+        self._change(items, size)
+        try:
+            yield
+        finally:
+            self._change(-items, -size)
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds in which what waits now is answered, at the pace of late; 1 to 30, whole."""
+        return float(min(30, max(1, math.ceil(self._items * self._pace))))
+
+    def answered(self, items: int, seconds: float) -> None:
+        """Told how long a batch took: the pace is an exponential mean over about ten of them."""
+        pace = seconds / items
+        self._pace = pace if not self._pace else 0.9 * self._pace + 0.1 * pace
+
+    def _change(self, items: int, size: int) -> None:
+        self._items += items
+        self._bytes += size
+        self.meters.gauge("fmray_held_items", self._items, model=self.name)
+        self.meters.gauge("fmray_held_bytes", self._bytes, model=self.name)
+
+    @asynccontextmanager
+    async def deadline(self, at: float | None) -> AsyncIterator[None]:
+        """What is inside ends at a time of the loop's clock, the configured one at the latest, with RequestError(504)."""
+        latest = asyncio.get_running_loop().time() + self.config.deadline_seconds
+        try:
+            async with asyncio.timeout_at(latest if at is None else min(at, latest)):
+                yield
+        except TimeoutError:
+            self.meters.count("fmray_rejected_total", model=self.name, reason="deadline")
+            message = "the request was not answered within its time; send less, or try again later"
+            raise RequestError(504, "deadline_exceeded", message, retry_after=self.retry_after) from None
+
+    async def on_cpu(self, work: Callable[..., Value], *arguments: object) -> Value:
+        """Any CPU work of a request, in the pool."""
+        return await asyncio.get_running_loop().run_in_executor(self._cpu, work, *arguments)
+
+    def close(self) -> None:
+        """Let nobody in any more and end the threads."""
+        self.closed = True
+        self._cpu.shutdown(wait=False, cancel_futures=True)

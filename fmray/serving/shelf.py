@@ -1,0 +1,126 @@
+"""The models of one endpoint, by the names under which clients ask for them; replaced one by one while requests run."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fmray.errors import RequestError
+from fmray.models.answering import Said
+from fmray.serving.asks import Ask
+from fmray.serving.batcher import Batcher
+from fmray.serving.chat_engine import AnswerCapabilities
+from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
+from fmray.serving.conversations import ChatAsk
+from fmray.serving.engines import KINDS
+from fmray.serving.zero_shot import LabelVectors
+
+EMBEDDING_ROUTES = ("/v1/embeddings", "/v1/classify", "/v1/rerank", "/v1/score")
+ANSWER_ROUTES = ("/v1/chat/completions",)
+PROBE_SECONDS = 10.0
+"""What a synthetic item may take before a model counts as not ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingModel:
+    """A dual encoder, warm."""
+
+    id: str
+    checkpoint: str
+    capabilities: EmbeddingCapabilities
+    batcher: Batcher[Ask, Embedding]
+    labels: LabelVectors
+    created: int = field(default_factory=lambda: int(time.time()))
+    routes: tuple[str, ...] = EMBEDDING_ROUTES
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweringModel:
+    """A VQA model or a multimodal LLM, warm."""
+
+    id: str
+    checkpoint: str
+    capabilities: AnswerCapabilities
+    batcher: Batcher[ChatAsk, Said]
+    created: int = field(default_factory=lambda: int(time.time()))
+    routes: tuple[str, ...] = ANSWER_ROUTES
+
+
+ServedModel = EmbeddingModel | AnsweringModel
+
+
+class Shelf:
+    """Models by name."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self._models: dict[str, ServedModel] = {model.id: model for model in models}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    @property
+    def models(self) -> list[ServedModel]:
+        """All of them, the first one first."""
+        return list(self._models.values())
+
+    def model(self, asked: str) -> ServedModel:
+        """The model of that name; raises RequestError(404)."""
+        if asked not in self._models:
+            served = ", ".join(repr(name) for name in self._models)
+            message = f"the model {asked[:100]!r} is not served here; there is {served}"
+            raise RequestError(404, "model_not_found", message, "model")
+        return self._models[asked]
+
+    def embedding(self, asked: str, route: str) -> EmbeddingModel:
+        """The dual encoder of that name; raises RequestError(404) where there is none or it is another kind of model."""
+        model = self.model(asked)
+        if isinstance(model, EmbeddingModel):
+            return model
+        raise self._wrong_kind(model, route, "clip")
+
+    def answering(self, asked: str, route: str) -> AnsweringModel:
+        """The model of that name that answers; raises RequestError(404), likewise."""
+        model = self.model(asked)
+        if isinstance(model, AnsweringModel):
+            return model
+        raise self._wrong_kind(model, route, "vqa or mllm")
+
+    def _wrong_kind(self, model: ServedModel, route: str, kinds: str) -> RequestError:
+        message = (
+            f"{route} needs a model of kind {kinds}; {model.id!r} is {KINDS[model.capabilities.kind]}: "
+            f"ask {' or '.join(model.routes)}"
+        )
+        return RequestError(404, "route_not_served", message, "model")
+
+    async def check_ready(self) -> None:
+        """A synthetic item goes through each model; raises RequestError(503) that names the one that does not answer."""
+        for model in self.models:
+            probe: Any = model.batcher.engine.probe
+            deadline = asyncio.get_running_loop().time() + PROBE_SECONDS
+            try:
+                await model.batcher.answer([probe], deadline)
+            except RequestError as error:
+                if error.status == 429:  # full of work is not broken
+                    continue
+                message = f"the model {model.id!r} does not answer: {error.code}"
+                raise RequestError(503, "not_ready", message, retry_after=5.0) from None
+
+    def put(self, model: ServedModel) -> None:
+        """Serve this one under its name from now on; the one before answers what it has and ends. Inside the event loop."""
+        before = self._models.get(model.id)
+        self._models[model.id] = model
+        if before is not None:
+            leaving = asyncio.get_running_loop().create_task(_end(before))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+
+    def close(self) -> None:
+        """End every model's threads."""
+        for model in self._models.values():
+            model.batcher.close()
+
+
+async def _end(model: ServedModel) -> None:
+    await model.batcher.drained()
+    model.batcher.close()
