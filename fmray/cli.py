@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from fmray.config.answers import AnswersConfig, AnswersEvaluateRunConfig
 from fmray.config.demo import DemoConfig
 from fmray.config.demo_recipes import DEMO_RECIPES
+from fmray.config.index import IndexConfig
 from fmray.config.loading import HelpRequested, load_config, load_task
 from fmray.config.recipes import SERVE_RECIPES
 from fmray.config.reward import RewardModelConfig
@@ -129,6 +130,22 @@ def keys(arguments: Arguments) -> int:
     return 0
 
 
+def index(arguments: Arguments) -> int:
+    """Embed pictures into an index that `/v1/search` answers from."""
+    config = load_config(IndexConfig, {}, arguments, door="fmray index")
+    from fmray.pipeline.index import build_index
+
+    built = build_index(config)
+    if built.facts is None:
+        say("stopped; the same command goes on from here")
+        return TEMPORARY_FAILURE
+    facts = built.facts
+    say(
+        f"{facts.count} pictures, {built.left_out} left out, {built.seconds:.1f} s: {config.output} ({facts.kind})"
+    )
+    return 0
+
+
 def demo(arguments: Arguments) -> int:
     """The whole road: CLIP trained, measured and served; a reward model, PPO under it, a verdict, a sweep; a report."""
     given = any(word.partition("=")[0] == "--recipe" for word in arguments)
@@ -200,6 +217,7 @@ DOORS: dict[str, Callable[[Arguments], int]] = {
     "sweep": sweep,
     "evaluate": evaluate,
     "serve": serve,
+    "index": index,
     "keys": keys,
     "demo": demo,
     "assets": assets,
