@@ -56,6 +56,8 @@ class VqaModelConfig(Section):
     """The picture's tower."""
     text: TowerConfig = TowerConfig(source="distilbert-base-uncased")
     """The question's tower."""
+    text_layer: Annotated[int, Field(le=-1)] = -1
+    """Hidden layer whose states are read, counted from the end: the top of a tower tuned for another task forgets words."""
     decoder: LanguageModelConfig = LanguageModelConfig(source="gpt2")
     """GPT-2; cross-attention is added, fresh."""
     fusion: Literal["concat", "mean"] = "concat"

@@ -31,11 +31,13 @@ class AnswerOutput(ModelOutput):  # type: ignore[misc]  # transformers is untype
     """What a forward pass returns."""
 
     loss: Tensor | None = None
-    """Cross-entropy, the mean over labelled tokens, float32 scalar; None without labels."""
+    """Cross-entropy, the mean over labelled tokens, and what answers of pictures add; float32 scalar; None without labels."""
     logits: Tensor | None = None
     """[B, T, V]; None where labels are given and only the loss was asked for."""
     past_key_values: object | None = None
     """The decoder's cache, when generating."""
+    reply_loss: Tensor | None = None
+    """What answers of pictures added to the loss; None where the model has words alone."""
 
 
 @dataclass(frozen=True, slots=True)

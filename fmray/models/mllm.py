@@ -286,17 +286,19 @@ class Mllm(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transform
             **pictures,
         )
         states_RLD = body.last_hidden_state
-        loss = None
+        loss = reply_loss = None
         if labels is not None:
             # only these tokens' logits: the output matrix is the largest of a small language model
             states_TD, targets_T, _ = predictions(states_RLD, labels, before)
             loss = F.cross_entropy(self.said_next(states_TD).float(), targets_T)
             if self.output is not None and reply_embeds is not None and input_ids is not None:
-                loss = loss + self.output.loss(self.output.states(body), input_ids, reply_embeds)
+                reply_loss = self.output.loss(self.output.states(body), input_ids, reply_embeds)
+                loss = loss + reply_loss
             if loss_only:
-                return AnswerOutput(loss=loss)
+                return AnswerOutput(loss=loss, reply_loss=reply_loss)
         logits = self.said_next(states_RLD[:, -logits_to_keep:])
-        return AnswerOutput(loss=loss, logits=logits, past_key_values=body.past_key_values)
+        cache = body.past_key_values
+        return AnswerOutput(loss=loss, logits=logits, past_key_values=cache, reply_loss=reply_loss)
 
     def said_next(self, states_NF: Tensor) -> Tensor:
         """Logits of the token behind some states, [..., V]: the output matrix's, the decision for a picture its own."""

@@ -14,6 +14,8 @@ from torch import Tensor
 
 IGNORE = -100
 """A label that is none."""
+BEGINNING = 8
+"""Tokens that dialogues without pictures must have in common to be put together: one that begins otherwise spoils it for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,15 @@ def visible(group_RL: Tensor, branch_RL: Tensor) -> Tensor:
 def pack(lines: Sequence[Line], row_tokens: int | None = None) -> Packed:
     """Trees of the dialogues that share pictures and all words up to them, first fit into rows of row_tokens.
 
+    Dialogues without pictures share what they begin with (a template's system message), where there are rows to fill.
     None: a row for each tree. A tree longer than a row becomes several, each with the beginning. No line may be longer than a
     row.
     """
-    trees = [tree for cluster in _clusters(lines) for tree in _trees(lines, cluster, row_tokens)]
+    trees = [
+        tree
+        for cluster in _clusters(lines, row_tokens is not None)
+        for tree in _trees(lines, cluster, row_tokens)
+    ]
     rows: list[list[_Tree]] = []
     free: list[int] = []
     for tree in trees:
@@ -100,13 +107,18 @@ def pack(lines: Sequence[Line], row_tokens: int | None = None) -> Packed:
     return _filled(lines, rows)
 
 
-def _clusters(lines: Sequence[Line]) -> list[list[int]]:
-    """Dialogues with the same pictures at the same places behind the same words; one without pictures is alone."""
+def _clusters(lines: Sequence[Line], several: bool) -> list[list[int]]:
+    """Dialogues with the same pictures at the same places behind the same words.
+
+    One without pictures is alone, or `several` that begin with the same few tokens are together.
+    """
     found: dict[object, list[int]] = {}
     for number, line in enumerate(lines):
         key: object = number
         if line.pictures:
             key = (line.pictures, line.starts, line.ids[: line.starts[-1]])
+        elif several:
+            key = line.ids[:BEGINNING]
         found.setdefault(key, []).append(number)
     return list(found.values())
 

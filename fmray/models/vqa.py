@@ -43,6 +43,7 @@ class VqaConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is unty
         vision_config: PreTrainedConfig | dict[str, Any] | None = None,
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         decoder_config: PreTrainedConfig | dict[str, Any] | None = None,
+        text_layer: int = -1,
         fusion: Fusion = "concat",
         image: dict[str, Any] | None = None,
         hold_batch_norm: bool = True,
@@ -55,6 +56,7 @@ class VqaConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is unty
         self.decoder_config = sub_config(decoder_config, "gpt2")
         self.decoder_config.add_cross_attention = True
         self.decoder_config.is_decoder = True
+        self.text_layer = text_layer
         self.fusion = fusion
         self.image = image or ImageConfig().model_dump(mode="json")
         self.hold_batch_norm = hold_batch_norm
@@ -152,8 +154,17 @@ class VqaModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
 
     def question_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token ids and mask, int64 [Q, S], to the tower's states [Q, S, F]."""
-        states: Tensor = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        """Token ids and mask, int64 [Q, S], to the states of the tower's layer that is read, [Q, S, F]."""
+        deep = self.config.text_layer != -1
+        outputs = self.text(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            **({"output_hidden_states": True} if deep else {}),
+        )
+        states: Tensor = outputs.last_hidden_state
+        if deep:
+            # the layers above are computed for nobody: zero times their end leaves no parameter without a gradient
+            states = outputs.hidden_states[self.config.text_layer] + 0.0 * states
         return states
 
     def sides(

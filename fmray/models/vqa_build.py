@@ -49,11 +49,16 @@ def build_parts(config: VqaModelConfig, dialogues: Sequence[Dialogue]) -> VqaPar
     question_tokenizer = load_tokenizer(config.text, "model.text")
     _check_vocabulary("model.text.source", config.text.source, question_tokenizer, text_config)
     _check_length("model.max_question_tokens", config.max_question_tokens, text_config)
+    layers = text_config.num_hidden_layers
+    if -config.text_layer > layers + 1:
+        cure = f"the question's tower has {layers} layers and its embeddings: -{layers + 1} at the lowest"
+        raise ConfigError("model.text_layer", config.text_layer, cure)
     decoder_config, answer_tokenizer = _speaker(config, dialogues)
     whole = VqaConfig(
         vision_config=vision_config,
         text_config=text_config,
         decoder_config=decoder_config,
+        text_layer=config.text_layer,
         fusion=config.fusion,
         image=config.image.model_dump(mode="json"),
         hold_batch_norm=config.vision.pretrained,

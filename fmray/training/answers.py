@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from fmray.config.answers import AnswersConfig
 from fmray.data.dialogue_loader import DialogueDataset, DialogueLoader, LoadedDialogues
 from fmray.data.dialogues import DialogueSource, open_dialogues
 from fmray.evaluation.answer_run import measure
-from fmray.models.answering import AnswerBatch, Answering, build_answering
+from fmray.models.answering import AnswerBatch, Answering, AnswerOutput, build_answering
 from fmray.models.freezing import ParameterGroup, parameter_groups
 from fmray.runtime.context import Context, Outcome
 from fmray.training.averaging import WeightAverage, whole_weights
@@ -146,6 +145,8 @@ class Learned:
 
     loss: float = 0.0
     """Σ over labelled tokens."""
+    replies: float = 0.0
+    """What of it answers of pictures added; 0 where the model has words alone."""
     tokens: int = 0
     dialogues: int = 0
 
@@ -159,11 +160,15 @@ def learn(
     everyones = context.sum(torch.tensor(float(mine), device=context.device)).item()
     learned = Learned()
     for number, batch in enumerate(batches, start=1):
-        loss: Tensor = learner.engine.forward(**batch.inputs, loss_only=True).loss
+        output: AnswerOutput = learner.engine.forward(**batch.inputs, loss_only=True)
+        loss = output.loss
+        assert loss is not None
         # engines average the ranks' gradients: their number makes it the sum again
         share = batch.tokens * context.world_size / everyones
         learner.engine.backward(loss * share, last=number == len(batches))
         learned.loss += loss.item() * batch.tokens
+        if output.reply_loss is not None:
+            learned.replies += output.reply_loss.item() * batch.tokens
         learned.tokens += batch.tokens
         learned.dialogues += batch.dialogues
     return learned
@@ -187,13 +192,14 @@ class Watch:
 
     def metrics(self, learned: Learned, loaded: LoadedDialogues, context: Context) -> Metrics:
         """This step's numbers over all ranks; raises DataError where too many pictures were unreadable."""
-        mine = [learned.loss, learned.tokens, learned.dialogues]
+        mine = [learned.loss, learned.tokens, learned.dialogues, learned.replies]
         sums = context.sum(torch.tensor(mine, dtype=torch.float64, device=context.device))
-        loss, tokens, dialogues = sums.tolist()
+        loss, tokens, dialogues, replies = sums.tolist()
         unreadable = self.unreadable.count(loaded.bad, loaded.epoch, context)
         seconds = time.perf_counter() - self._mark
         return {
             "train/loss": loss / tokens,
+            **({"train/reply_loss": replies / tokens} if replies else {}),
             "train/epoch": float(loaded.epoch),
             "data/unreadable": float(unreadable),
             "time/step": seconds,

@@ -67,6 +67,18 @@ def test_a_tree_longer_than_a_row_repeats_its_beginning() -> None:
     assert packed.pictures == (0, 0)
 
 
+def test_dialogues_without_pictures_share_what_they_begin_with_where_there_are_rows_to_fill() -> None:
+    front = [0, 3, 0, 4, 0, 2, 0]
+    lines = [line(None, [*front, 5], [7]), line(None, [*front, 6], [7]), line(None, [2, *front], [7])]
+    packed = pack(lines, 40)
+    assert packed.ids_RL.tolist() == [[1, *front, 5, 7, 8, 6, 7, 8, 1, 2, *front, 7, 8]]
+    assert packed.group_RL.tolist() == [[0] * 14 + [1] * 11]
+    assert packed.branch_RL.tolist() == [[*[0] * 8, *[1] * 3, *[2] * 3, *[0] * 9, 1, 1]]
+    assert packed.before_RL[0, 11] == 7  # behind the beginning, not behind the other dialogue
+    assert packed.positions_RL[0, 11] == 8
+    assert len(pack(lines).ids_RL) == 3
+
+
 def test_pictures_behind_an_answer_stand_in_every_branch() -> None:
     """What comes behind a learned token is not shared: the second picture is in both branches, in reading order."""
     first = Line((1, 9, 5, 9, 6), (False, False, True, False, True), (1, 3), (0, 1))

@@ -79,6 +79,36 @@ def test_pretrained_parts_keep_their_weights_and_cross_attention_starts_fresh(
     assert (model.config.max_question_tokens, model.config.max_answer_tokens) == (12, 5)
 
 
+def test_the_questions_states_come_from_the_layer_that_is_asked_for(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    answering = build_vqa(wanted(folders, text_layer=-2))
+    model, inputs = answering.model.eval(), answering.collate(dialogues(), pictures()).inputs
+    asked = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    layers = model.text(**asked, output_hidden_states=True).hidden_states
+    assert torch.allclose(model.question_tokens(**asked), layers[-2], atol=1e-6)
+    assert not torch.allclose(model.question_tokens(**asked), layers[-1], atol=1e-2)
+    model(**inputs).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    top = [
+        p.grad.abs().sum()
+        for name, p in model.named_parameters()
+        if f"text.encoder.layer.{len(layers) - 2}" in name
+    ]
+    assert top
+    assert not any(top)  # nobody reads it
+    answering.save(model.state_dict(), tmp_path)
+    again = build_vqa(VqaModelConfig(checkpoint=str(tmp_path)))
+    assert again.answer(dialogues(), pictures()) == answering.answer(dialogues(), pictures())
+    assert again.model.config.text_layer == -2
+    with pytest.raises(ConfigError) as error:
+        build_vqa(wanted(folders, text_layer=-9))
+    count = len(layers) - 1
+    assert str(error.value) == (
+        f"model.text_layer=-9: the question's tower has {count} layers and its embeddings: -{count + 1} at the lowest"
+    )
+
+
 def test_a_decoder_from_scratch_takes_its_tokenizers_vocabulary(folders: dict[str, str]) -> None:
     shape = {"n_embd": 24, "n_layer": 1, "n_head": 2, "n_positions": 16}
     decoder = {
