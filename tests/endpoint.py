@@ -28,6 +28,7 @@ from fmray.models.saved import save_dual_encoder
 from fmray.runtime.ports import free_port
 from fmray.serving.app import build_app
 from fmray.serving.batcher import Batcher
+from fmray.serving.chat_loop import ChatLoop
 from fmray.serving.metrics import Meters
 from fmray.serving.shelf import AnsweringModel, EmbeddingModel, Shelf
 from fmray.serving.zero_shot import LabelVectors
@@ -82,14 +83,15 @@ def data_url(data: bytes, mime: str = "image/png") -> str:
 def app_of(engine: Any, model_id: str = "m", **config: Any) -> FastAPI:
     """The app of one engine that is there already."""
     settings, meters = ServeConfig(checkpoint="none", **config), Meters()
-    batcher: Batcher[Any, Any] = Batcher(model_id, engine, settings.batch, meters)
     if engine.capabilities.output == "embedding":
+        batcher: Batcher[Any, Any] = Batcher(model_id, engine, settings.batch, meters)
         model: Any = EmbeddingModel(
             model_id, "none", engine.capabilities, batcher, LabelVectors(batcher.answer)
         )
     else:
-        model = AnsweringModel(model_id, "none", engine.capabilities, batcher)
-    return build_app(Shelf([model]), settings, meters)
+        loop = ChatLoop(model_id, engine, settings.batch, meters)
+        model = AnsweringModel(model_id, "none", engine.capabilities, loop)
+    return build_app(Shelf([model], meters), settings, meters)
 
 
 @contextmanager

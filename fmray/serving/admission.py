@@ -84,12 +84,16 @@ class Admission:
         self.meters.gauge("fmray_held_items", self._items, model=self.name)
         self.meters.gauge("fmray_held_bytes", self._bytes, model=self.name)
 
+    def latest(self, asked: float | None) -> float:
+        """The loop's time at which a request that begins now ends: as asked, the configured one at the latest."""
+        most = asyncio.get_running_loop().time() + self.config.deadline_seconds
+        return most if asked is None else min(asked, most)
+
     @asynccontextmanager
-    async def deadline(self, at: float | None) -> AsyncIterator[None]:
-        """What is inside ends at a time of the loop's clock, the configured one at the latest, with RequestError(504)."""
-        latest = asyncio.get_running_loop().time() + self.config.deadline_seconds
+    async def deadline(self, at: float) -> AsyncIterator[None]:
+        """What is inside ends at that time with RequestError(504)."""
         try:
-            async with asyncio.timeout_at(latest if at is None else min(at, latest)):
+            async with asyncio.timeout_at(at):
                 yield
         except TimeoutError:
             self.meters.count("fmray_rejected_total", model=self.name, reason="deadline")

@@ -40,7 +40,7 @@ def build_app(shelf: Shelf, config: ServeConfig, meters: Meters) -> FastAPI:
     for routes in (
         EmbeddingRoutes(shelf, config),
         RankingRoutes(shelf, config),
-        ChatRoutes(shelf, config),
+        ChatRoutes(shelf, config, meters),
         ModelRoutes(shelf, config, meters),
     ):
         routes.add_to(router)

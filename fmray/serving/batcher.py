@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
-
 from fmray.config.serving import BatchConfig
 from fmray.errors import RequestError
 from fmray.serving.admission import CLOSED, Admission
-from fmray.serving.engines import BatchEngine, Prepared
+from fmray.serving.engines import BatchEngine, Prepared, is_out_of_memory
 from fmray.serving.metrics import Meters
 
 logger = logging.getLogger(__name__)
@@ -103,7 +101,7 @@ class Batcher(Generic[Ask, Reply]):
         times, size = _Times(), sum(ask.size for ask in asks)
         groups = _together(asks)
         with self.admission.hold(min(len(asks), 2 * self._max), size):
-            async with self.admission.deadline(deadline):
+            async with self.admission.deadline(self.admission.latest(deadline)):
                 if len(groups) == 1:
                     replies = await self._answer_group(groups[0], times)
                 else:
@@ -176,8 +174,8 @@ class Batcher(Generic[Ask, Reply]):
         """None where it fails: `_compute` meets the same failure, and finds the item that is to blame."""
         values = [each.prepared.value for each in batch]
         collating = self.admission.on_cpu(self.engine.collate, values)
-        (collated,) = await asyncio.gather(collating, return_exceptions=True)
-        return None if isinstance(collated, BaseException) else collated
+        outcome: Sequence[Any] = await asyncio.gather(collating, return_exceptions=True)
+        return None if isinstance(outcome[0], BaseException) else outcome[0]
 
     async def _next_batch(self, *, whole: bool) -> list[_Waiting]:
         """Items of the bucket whose first has waited longest; with `whole`, only once there is a full batch of them."""
@@ -240,10 +238,7 @@ class Batcher(Generic[Ask, Reply]):
         return self.engine.forward(collated)
 
     async def _fail_alone(self, batch: Sequence[_Waiting], error: BaseException) -> None:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        out_of_memory = out_of_memory or "not enough memory" in str(error)  # the CPU allocator's RuntimeError
-        if out_of_memory and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        out_of_memory = is_out_of_memory(error)
         if len(batch) > 1:
             logger.warning("a batch of %d items failed with %s: halved", len(batch), type(error).__name__)
             half = len(batch) // 2
@@ -258,6 +253,10 @@ class Batcher(Generic[Ask, Reply]):
         )
         if not batch[0].done.done():
             batch[0].done.set_exception(RequestError(500, reason, message))
+
+    async def check(self, deadline: float) -> None:
+        """A synthetic item goes through; raises RequestError."""
+        await self.answer([self.engine.probe], deadline)
 
     # --------------------------------------------------------------------------------------------------------- end
 

@@ -1,21 +1,21 @@
-"""A VQA model or a multimodal LLM behind an endpoint: conversations with pictures to answers."""
+"""A VQA model or a multimodal LLM behind an endpoint: conversations with pictures, read and begun."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from fmray.errors import CheckpointError, RequestError
-from fmray.models.answering import Answering, Said
+from fmray.models.answering import Answering
+from fmray.models.decoding.choice import AnswerOptions
+from fmray.models.decoding.running import Running
 from fmray.serving.asks import ImageAsk
 from fmray.serving.conversations import ChatAsk
-from fmray.serving.engines import BatchEngine, Capabilities, Prepared
+from fmray.serving.engines import Capabilities, Prepared
 from fmray.serving.images import pixels_of
 from fmray.types import Dialogue, Pictures, Turn
 
@@ -30,23 +30,19 @@ class AnswerCapabilities(Capabilities):
 
 @dataclass(frozen=True, slots=True)
 class ChatItem:
-    """A conversation and its decoded pictures, uint8 [3, S, S], by the digests of their bytes."""
+    """A conversation that can begin."""
 
-    ask: ChatAsk
-    pixels: dict[str, Tensor]
-
-
-class ChatEngine(BatchEngine[ChatAsk, ChatItem, Said], Protocol):
-    """What `/v1/chat/completions` needs."""
-
-    @property
-    def capabilities(self) -> AnswerCapabilities: ...
+    dialogue: Dialogue
+    pictures: Pictures
+    """uint8 pixels, by the digests of their bytes."""
+    options: AnswerOptions
 
 
 class AnswerEngine:
     """Either family through what they share (`fmray.models.answering`)."""
 
-    max_batch = 8
+    max_rows = 32
+    """Answers that are said at the same time."""
 
     def __init__(self, answering: Answering, kind: Literal["vqa", "mllm"], *, max_pixels: int) -> None:
         self._answering = answering
@@ -61,6 +57,15 @@ class AnswerEngine:
             answer_tokens=self._limits.answer_tokens,
         )
 
+    @property
+    def probe(self) -> ChatAsk:
+        """A question about a grey picture; its answer is one token long."""
+        side = self.capabilities.image_size
+        encoded = io.BytesIO()
+        Image.new("L", (side, side), 128).save(encoded, "PNG")
+        dialogue = Dialogue("probe", ("grey",), (Turn(("", "what is this?"), ""),))
+        return ChatAsk(dialogue, {"grey": ImageAsk(encoded.getvalue(), "probe")}, max_new_tokens=1)
+
     def warmup(self) -> None:
         """An answer about a grey picture; raises CheckpointError where the model's numbers are not finite."""
         side = self.capabilities.image_size
@@ -71,35 +76,23 @@ class AnswerEngine:
             raise CheckpointError("the model's answers are not finite: its weights are damaged")
         self._answering.answer([dialogue], grey)
 
-    @property
-    def probe(self) -> ChatAsk:
-        """A question about a grey picture; its answer is one token long."""
-        side = self.capabilities.image_size
-        encoded = io.BytesIO()
-        Image.new("L", (side, side), 128).save(encoded, "PNG")
-        dialogue = Dialogue("probe", ("grey",), (Turn(("", "what is this?"), ""),))
-        return ChatAsk(dialogue, {"grey": ImageAsk(encoded.getvalue(), "probe")}, max_new_tokens=1)
+    def running(self, max_rows: int) -> Running:
+        """Answers that are being said: none yet."""
+        return self._answering.running(max_rows)
 
     def prepare(self, ask: ChatAsk) -> Prepared[ChatItem]:
-        """Pictures to uint8 squares. Raises RequestError(400) for one that is damaged, for a conversation that this model does
-        not read or that is too long for it, and where a longer answer is asked for than there is room for.
+        """Pictures to uint8 squares, on the CPU, in any thread.
+
+        Raises RequestError(400) for a picture that is damaged, for a conversation that this model does not read or that is too
+        long for it, and where a longer answer is asked for than there is room for.
         """
         self._check_shape(ask.dialogue)
-        self._check_length(ask)
-        pixels = {}
-        for key, image in ask.images.items():
-            square = pixels_of(
-                [(image.image, image.name)], self._answering.image, max_pixels=self._max_pixels
-            )
-            assert square is not None
-            pixels[key] = square[0]
-        size = sum(square.numel() for square in pixels.values())
-        return Prepared(ChatItem(ask, pixels), ask.max_new_tokens, size)
-
-    def collate(self, items: Sequence[ChatItem]) -> tuple[list[ChatItem], Pictures]:
-        """The conversations and their distinct pictures."""
-        pixels = {key: square for item in items for key, square in item.pixels.items()}
-        return list(items), Pictures(tuple(pixels), torch.stack([*pixels.values()]) if pixels else None)
+        longest = self._checked_length(ask)
+        encoded = [(image.image, image.name) for image in ask.images.values()]
+        pixels = pixels_of(encoded, self._answering.image, max_pixels=self._max_pixels)
+        options = AnswerOptions(longest, ask.temperature, ask.top_p, ask.seed, ask.top_logprobs)
+        item = ChatItem(ask.dialogue, Pictures(tuple(ask.images), pixels), options)
+        return Prepared(item, "conversation", 0 if pixels is None else pixels.numel())
 
     def _check_shape(self, dialogue: Dialogue) -> None:
         """Raises RequestError(400) where this model cannot read such a conversation at all."""
@@ -122,22 +115,24 @@ class AnswerEngine:
             message = "this model answers one question about one picture: the request has no question"
             raise RequestError(400, "empty_input", message, "messages")
 
-    def forward(self, batch: tuple[list[ChatItem], Pictures]) -> list[Said]:
-        """Answers of one longest length, on the model's device."""
-        items, pictures = batch
-        dialogues = [item.ask.dialogue for item in items]
-        return self._answering.answer(dialogues, pictures, max_new_tokens=items[0].ask.max_new_tokens)
+    def prompt_tokens(self, ask: ChatAsk) -> int:
+        """What is read before the answer."""
+        return self._answering.prompt_tokens(ask.dialogue)
 
-    def _check_length(self, ask: ChatAsk) -> None:
-        tokens = self._answering.prompt_tokens(ask.dialogue)
+    def _checked_length(self, ask: ChatAsk) -> int:
+        """Tokens of the longest answer."""
+        tokens = self.prompt_tokens(ask)
         if tokens > self._limits.prompt_tokens:
             what = "the question has" if self._limits.one_question else "messages have"
             message = f"{what} {tokens} tokens, this model reads {self._limits.prompt_tokens}; send less"
             raise RequestError(400, "context_length_exceeded", message, "messages")
         room = self._answering.answer_room(tokens)
-        if ask.max_new_tokens is not None and ask.max_new_tokens > room:
+        if ask.max_new_tokens is None:
+            return min(self._limits.answer_tokens, room)
+        if ask.max_new_tokens > room:
             name = ask.length_option
             message = (
                 f"{name}={ask.max_new_tokens}: behind {tokens} tokens of messages there is room for {room}"
             )
             raise RequestError(400, "context_length_exceeded", message, name)
+        return ask.max_new_tokens

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, FailFast, Field, StrictInt, Tag
+from pydantic import BeforeValidator, Discriminator, FailFast, Field, StrictBool, StrictInt, Tag
 from pydantic_core import PydanticCustomError
 
 from fmray.errors import RequestError
 from fmray.serving.schemas import MOST_ITEMS, Body, ImageUrlPart, Text, TextPart
+
+MOST_STOPS = 4
+"""Stop sequences of one request, as at OpenAI."""
 
 
 def _part_kind(value: Any) -> str | None:
@@ -59,12 +62,22 @@ class Message(Body):
     """Refused, likewise."""
 
 
+def _as_stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class StreamOptions(Body):
+    """`{"include_usage": true}`"""
+
+    include_usage: StrictBool = False
+    """A last chunk without choices says how many tokens there were."""
+
+
 class ChatRequest(Body):
     """Body of `POST /v1/chat/completions`.
 
-    Answers are greedy: the likeliest token, always the same. Ignored, because they change nothing then: `seed`, `top_p`,
-    `top_k`, `min_p`; because they never do: `user`, `metadata`, `store`, `service_tier`, `detail` of an image, `stream_options`
-    and every field that is not listed. What would change the answer and is not built is refused (`REFUSED`).
+    Ignored, because they never change an answer here: `user`, `metadata`, `store`, `service_tier`, `detail` of an image, and
+    every field that is not listed. What would change the answer and is not built is refused (`REFUSED`).
     """
 
     model: Text
@@ -76,12 +89,26 @@ class ChatRequest(Body):
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     """Its older name."""
     temperature: Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)] | None = None
-    """0 or left out (which is 1 elsewhere): greedy. More is refused."""
-    stream: Any = None
+    """0 or left out (which is 1 elsewhere): the likeliest token always. More: tokens are drawn."""
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    """Share of the probability that is drawn from, the likeliest tokens first; changes nothing at temperature 0."""
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    """The same request with the same seed has the same answer; None: another one each time, where tokens are drawn."""
+    stop: Annotated[
+        list[Annotated[Text, Field(min_length=1, max_length=200)]] | None,
+        Field(max_length=MOST_STOPS),
+        BeforeValidator(_as_stops, json_schema_input_type=str | list[str] | None),
+    ] = None
+    """Up to four texts at the first of which the answer ends; it is not part of it."""
+    logprobs: StrictBool | None = None
+    """Tell each token's log-probability, of the model's own distribution."""
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    """And those of the likeliest tokens beside it; needs `logprobs`."""
+    stream: StrictBool | None = None
+    """Server-sent events, a token each, the last of them `[DONE]`."""
+    stream_options: StreamOptions | None = None
+    """How to stream."""
     n: Any = None
-    stop: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
     logit_bias: Any = None
     frequency_penalty: Any = None
     presence_penalty: Any = None
@@ -106,18 +133,11 @@ class ChatRequest(Body):
         return (old, "max_tokens") if new is None else (new, "max_completion_tokens")
 
 
-GREEDY = "answers are greedy here, the likeliest token always; send 0 or leave it out"
 TOOLS = "this server calls no tools; leave it out"
 PENALTY = "penalties are not built; leave it out"
-PROBABILITIES = "probabilities are not returned; leave it out"
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "temperature": ((0,), GREEDY),
-    "stream": ((False,), "answers come whole; send false"),
-    "n": ((1,), "one answer per request, and another one would be the same; send 1"),
-    "stop": (("", []), "stop sequences are not built; leave it out and cut the answer"),
-    "logprobs": ((False,), PROBABILITIES),
-    "top_logprobs": ((0,), PROBABILITIES),
+    "n": ((1,), "one answer per request; send 1, and more requests for more answers"),
     "logit_bias": (({},), "it is not built; leave it out"),
     "frequency_penalty": ((0,), PENALTY),
     "presence_penalty": ((0,), PENALTY),
@@ -141,6 +161,12 @@ def check_options(body: ChatRequest) -> None:
         value = getattr(body, name)
         if value is not None and not any(_same(value, other) for other in harmless):
             raise RequestError(400, "unsupported_parameter", f"{name}: {cure}", name)
+    if body.top_logprobs and not body.logprobs:
+        message = "top_logprobs: it says what logprobs holds; send logprobs=true too"
+        raise RequestError(400, "invalid_value", message, "top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        message = "stream_options: it says how to stream; send stream=true too"
+        raise RequestError(400, "invalid_value", message, "stream_options")
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -159,14 +185,39 @@ class AnswerMessage(Body):
     refusal: None = None
 
 
+class TopLogprob(Body):
+    """A token and how likely it was."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    """UTF-8 of the token, or of its part of a letter."""
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, and the likeliest ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(Body):
+    """Tokens of the answer, its end not among them."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+FinishReason = Literal["stop", "length"]
+"""`stop`: it ended by itself or at a stop sequence; `length`: it was cut at the longest answer."""
+
+
 class Choice(Body):
     """The one answer."""
 
     index: int = 0
     message: AnswerMessage
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
-    """`stop`: it ended by itself; `length`: it was cut at the longest answer."""
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason
 
 
 class ChatUsage(Body):
@@ -190,3 +241,30 @@ class ChatReply(Body):
     model: str
     choices: list[Choice]
     usage: ChatUsage
+
+
+class Delta(Body):
+    """What a chunk adds; empty in the last one."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(Body):
+    """The one answer, going on."""
+
+    index: int = 0
+    delta: Delta
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(Body):
+    """One server-sent event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: ChatUsage | None = None

@@ -16,7 +16,7 @@ from fmray.types import Dialogue, Turn
 
 @dataclass(frozen=True, slots=True)
 class ChatAsk:
-    """One conversation and its pictures.
+    """One conversation, its pictures, and how it wants to be answered.
 
     `ChatAsk(Dialogue("messages", ("5e88…",), (Turn(("", "what color is it?"), ""),)), {"5e88…": ImageAsk(b"\\x89PNG…", "…")})`
     """
@@ -29,6 +29,14 @@ class ChatAsk:
     """Longest answer; None: the model's own."""
     length_option: str = "max_tokens"
     """What the request calls that."""
+    temperature: float = 0.0
+    """0: the likeliest token always."""
+    top_p: float = 1.0
+    """Share of the probability that is drawn from."""
+    seed: int = 0
+    """The same request with the same seed has the same answer."""
+    top_logprobs: int = 0
+    """Alternatives told beside each token."""
 
     @property
     def size(self) -> int:

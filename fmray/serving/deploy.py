@@ -65,7 +65,8 @@ def build_model_app(config: ServeConfig, also: Sink | None = None) -> FastAPI:
     torch.set_num_threads(config.runtime.threads or max(1, (os.cpu_count() or 1) // config.replicas))
     config = config.named(kind_of(config.checkpoint))
     places = {str(config.model_id): config.checkpoint, **config.more}
-    return build_app(Shelf([open_model(*place, config, meters) for place in places.items()]), config, meters)
+    shelf = Shelf([open_model(*place, config, meters) for place in places.items()], meters)
+    return build_app(shelf, config, meters)
 
 
 def open_model(model_id: str, location: str, config: ServeConfig, meters: Meters) -> ServedModel:
@@ -74,6 +75,7 @@ def open_model(model_id: str, location: str, config: ServeConfig, meters: Meters
     from fmray.models.saved import load_dual_encoder
     from fmray.serving.batcher import Batcher
     from fmray.serving.chat_engine import AnswerEngine
+    from fmray.serving.chat_loop import ChatLoop
     from fmray.serving.clip_engine import ClipEngine
     from fmray.serving.shelf import AnsweringModel, EmbeddingModel
     from fmray.serving.zero_shot import LabelVectors
@@ -88,7 +90,7 @@ def open_model(model_id: str, location: str, config: ServeConfig, meters: Meters
     with _on_disk(location) as folder:
         answers = AnswerEngine(load_answering(folder, device), kind, max_pixels=max_pixels)
     answers.warmup()
-    said = Batcher(model_id, answers, config.batch, meters)
+    said = ChatLoop(model_id, answers, config.batch, meters)
     return AnsweringModel(model_id, location, answers.capabilities, said)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+import torch
+
 from fmray.errors import RequestError
 
 Value = TypeVar("Value")
@@ -20,6 +22,26 @@ KINDS: dict[Kind, str] = {
     "mllm": "a multimodal LLM",
 }
 """Kinds of models, as a person is told of them."""
+
+MODEL_FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+)
+"""What a model can raise: torch's own errors are RuntimeErrors."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the same would go with fewer items; frees what the GPU's allocator keeps for itself."""
+    # the CPU allocator raises a plain RuntimeError
+    out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+    if out and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

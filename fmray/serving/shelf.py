@@ -6,16 +6,15 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fmray.errors import RequestError
-from fmray.models.answering import Said
 from fmray.serving.asks import Ask
 from fmray.serving.batcher import Batcher
 from fmray.serving.chat_engine import AnswerCapabilities
+from fmray.serving.chat_loop import ChatLoop
 from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
-from fmray.serving.conversations import ChatAsk
 from fmray.serving.engines import KINDS
+from fmray.serving.metrics import Meters
 from fmray.serving.zero_shot import LabelVectors
 
 EMBEDDING_ROUTES = ("/v1/embeddings", "/v1/classify", "/v1/rerank", "/v1/score")
@@ -36,6 +35,11 @@ class EmbeddingModel:
     created: int = field(default_factory=lambda: int(time.time()))
     routes: tuple[str, ...] = EMBEDDING_ROUTES
 
+    @property
+    def answers(self) -> Batcher[Ask, Embedding]:
+        """What takes its asks."""
+        return self.batcher
+
 
 @dataclass(frozen=True, slots=True)
 class AnsweringModel:
@@ -44,9 +48,14 @@ class AnsweringModel:
     id: str
     checkpoint: str
     capabilities: AnswerCapabilities
-    batcher: Batcher[ChatAsk, Said]
+    loop: ChatLoop
     created: int = field(default_factory=lambda: int(time.time()))
     routes: tuple[str, ...] = ANSWER_ROUTES
+
+    @property
+    def answers(self) -> ChatLoop:
+        """What takes its conversations."""
+        return self.loop
 
 
 ServedModel = EmbeddingModel | AnsweringModel
@@ -55,7 +64,8 @@ ServedModel = EmbeddingModel | AnsweringModel
 class Shelf:
     """Models by name."""
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
+    def __init__(self, models: Sequence[ServedModel], meters: Meters) -> None:
+        self._meters = meters
         self._models: dict[str, ServedModel] = {model.id: model for model in models}
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -96,15 +106,15 @@ class Shelf:
     async def check_ready(self) -> None:
         """A synthetic item goes through each model; raises RequestError(503) that names the one that does not answer."""
         for model in self.models:
-            probe: Any = model.batcher.engine.probe
-            deadline = asyncio.get_running_loop().time() + PROBE_SECONDS
             try:
-                await model.batcher.answer([probe], deadline)
+                await model.answers.check(asyncio.get_running_loop().time() + PROBE_SECONDS)
             except RequestError as error:
                 if error.status == 429:  # full of work is not broken
                     continue
+                self._meters.gauge("fmray_ready", 0, model=model.id)
                 message = f"the model {model.id!r} does not answer: {error.code}"
                 raise RequestError(503, "not_ready", message, retry_after=5.0) from None
+            self._meters.gauge("fmray_ready", 1, model=model.id)
 
     def put(self, model: ServedModel) -> None:
         """Serve this one under its name from now on; the one before answers what it has and ends. Inside the event loop."""
@@ -118,9 +128,9 @@ class Shelf:
     def close(self) -> None:
         """End every model's threads."""
         for model in self._models.values():
-            model.batcher.close()
+            model.answers.close()
 
 
 async def _end(model: ServedModel) -> None:
-    await model.batcher.drained()
-    model.batcher.close()
+    await model.answers.drained()
+    model.answers.close()

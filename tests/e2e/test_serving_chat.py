@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -93,11 +94,45 @@ def test_openais_client_gets_what_the_model_says(served: Served) -> None:
         assert more.usage.completion_tokens <= 2
 
 
+def test_a_stream_is_the_answer_in_pieces(served: Served) -> None:
+    messages: list[Any] = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": data_url(RED)}},
+                {"type": "text", "text": QUESTIONS[served.kind]},
+            ],
+        }
+    ]
+    stream = served.client.chat.completions.create(
+        model=f"fmray-{served.kind}",
+        messages=messages,
+        stream=True,
+        stream_options={"include_usage": True},
+        logprobs=True,
+        top_logprobs=2,
+    )
+    chunks = list(stream)
+    said = served.directly()
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(texts) == said.text
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == ("stop" if said.ended else "length")
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (said.prompt_tokens, said.tokens)
+    told = [c.choices[0].logprobs for c in chunks if c.choices and c.choices[0].logprobs is not None]
+    tokens = [token for each in told for token in each.content or []]
+    assert len(tokens) == said.tokens - said.ended
+    assert all(token.logprob <= 0 and len(token.top_logprobs) == 2 for token in tokens)
+    assert all(token.top_logprobs[0].logprob == token.logprob for token in tokens), "greedy: the likeliest"
+
+
 def test_refusals_are_the_clients_own_classes(served: Served) -> None:
     model, create = f"fmray-{served.kind}", served.client.chat.completions.create
     with pytest.raises(openai.BadRequestError) as refused:
-        create(model=model, messages=[{"role": "user", "content": "hello"}], stream=True)
-    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "stream")
+        create(model=model, messages=[{"role": "user", "content": "hello"}], n=2)
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "n")
     with pytest.raises(openai.BadRequestError) as refused:
         create(model=model, messages=[{"role": "assistant", "content": "hello"}])
     assert refused.value.param == "messages[0]"

@@ -124,6 +124,11 @@ class Running:
         return len(self._rows)
 
     @property
+    def keys(self) -> list[Hashable]:
+        """What they are called by, the newest last."""
+        return [row.key for row in self._rows]
+
+    @property
     def room(self) -> int:
         """Questions that can join now."""
         return self.max_rows - len(self._rows)

@@ -16,8 +16,6 @@ from fastapi import FastAPI
 
 from fmray.config.serving import ServeConfig
 from fmray.models.answering import Said, load_answering
-from fmray.serving.chat_engine import AnswerEngine
-from fmray.serving.conversations import ChatAsk
 from fmray.serving.deploy import build_model_app
 from fmray.serving.images import pixels_of
 from fmray.types import Dialogue, Pictures, Turn
@@ -201,19 +199,6 @@ def test_many_at_once_get_what_one_gets(mllm: FastAPI) -> None:
     assert together == alone
 
 
-def test_a_batch_of_different_lengths_is_answered_as_each_alone(mllm_checkpoint: str) -> None:
-    engine = AnswerEngine(load_answering(mllm_checkpoint, CPU), "mllm", max_pixels=10**6)
-    asks = [
-        ChatAsk(Dialogue("d", (), (Turn((words,), ""),)), {}, length)
-        for words, length in (("is it big?", 2), (QUESTION, None), ("how many are there?", 2), ("no", 5))
-    ]
-
-    def through(some: list[ChatAsk]) -> list[Said]:
-        return engine.forward(engine.collate([engine.prepare(one).value for one in some]))
-
-    assert through(asks[::2]) == [through([one])[0] for one in asks[::2]]
-
-
 # ------------------------------------------------------------------------------------------------------------ what is refused
 
 VQA_REFUSED: dict[str, tuple[list[Any], str, str, str]] = {
@@ -316,8 +301,17 @@ BAD_BODIES: dict[str, tuple[Any, str, str | None]] = {
     "tokens are text": ({"messages": [user("a")], "max_tokens": "9"}, "invalid_value", "max_tokens"),
     "half a token": ({"messages": [user("a")], "max_tokens": 1.5}, "invalid_value", "max_tokens"),
     "hot": ({"messages": [user("a")], "temperature": 3}, "invalid_value", "temperature"),
-    "sampled": ({"messages": [user("a")], "temperature": 0.5}, "unsupported_parameter", "temperature"),
-    "streamed": ({"messages": [user("a")], "stream": True}, "unsupported_parameter", "stream"),
+    "nothing drawn from": ({"messages": [user("a")], "top_p": 0}, "invalid_value", "top_p"),
+    "streamed one": ({"messages": [user("a")], "stream": 1}, "invalid_value", "stream"),
+    "five stops": ({"messages": [user("a")], "stop": list("abcde")}, "invalid_value", "stop"),
+    "empty stop": ({"messages": [user("a")], "stop": ""}, "invalid_value", "stop[0]"),
+    "a seed of words": ({"messages": [user("a")], "seed": "x"}, "invalid_value", "seed"),
+    "a large seed": ({"messages": [user("a")], "seed": 2**63}, "invalid_value", "seed"),
+    "many alternatives": (
+        {"messages": [user("a")], "logprobs": True, "top_logprobs": 21},
+        "invalid_value",
+        "top_logprobs",
+    ),
     "70000 messages": ({"messages": [user("a")] * 70_000}, "invalid_value", "messages"),
 }
 

@@ -217,18 +217,10 @@ def test_a_thousand_messages_are_read_quickly() -> None:
 
 # ------------------------------------------------------------------------------------------------------------------ options
 
-GREEDY = "answers are greedy here, the likeliest token always; send 0 or leave it out"
+ONE = "n: one answer per request; send 1, and more requests for more answers"
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "temperature": ({"temperature": 0.7}, f"temperature: {GREEDY}"),
-    "temperature 1": ({"temperature": 1}, f"temperature: {GREEDY}"),
-    "stream": ({"stream": True}, "stream: answers come whole; send false"),
-    "stream as a number": ({"stream": 1}, "stream: answers come whole; send false"),
-    "n": ({"n": 2}, "n: one answer per request, and another one would be the same; send 1"),
-    "n true": ({"n": True}, "n: one answer per request, and another one would be the same; send 1"),
-    "stop": ({"stop": "."}, "stop: stop sequences are not built; leave it out and cut the answer"),
-    "stops": ({"stop": ["."]}, "stop: stop sequences are not built; leave it out and cut the answer"),
-    "logprobs": ({"logprobs": True}, "logprobs: probabilities are not returned; leave it out"),
-    "top_logprobs": ({"top_logprobs": 3}, "top_logprobs: probabilities are not returned; leave it out"),
+    "n": ({"n": 2}, ONE),
+    "n true": ({"n": True}, ONE),
     "logit_bias": ({"logit_bias": {"5": 100}}, "logit_bias: it is not built; leave it out"),
     "penalty": ({"frequency_penalty": 0.5}, "frequency_penalty: penalties are not built; leave it out"),
     "presence": ({"presence_penalty": -1}, "presence_penalty: penalties are not built; leave it out"),
@@ -252,6 +244,16 @@ def test_options_that_would_change_the_answer_are_refused(name: str) -> None:
     error = caught.value
     assert (error.status, error.code, error.param) == (400, "unsupported_parameter", next(iter(options)))
     assert error.message == line
+
+
+def test_options_that_need_another_one() -> None:
+    for options, param in (
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            check_options(request(user("a"), **options))
+        assert (caught.value.code, caught.value.param) == ("invalid_value", param)
 
 
 HARMLESS: dict[str, Any] = {
