@@ -119,18 +119,22 @@ def test_a_conversation_that_cannot_be_read_is_refused_before_it_waits(engine: A
 def test_the_deadline_ends_an_answer_in_the_middle(engine: AnswerEngine) -> None:
     async def scene() -> None:
         loop = loop_of(engine)
+        loop._running = Scarce(loop._running, rows=99, seconds=0.02)  # type: ignore[assignment]
         await loop.check(asyncio.get_running_loop().time() + 10)
         tokens = loop.tokens(
             ask_of(QUESTIONS[0], max_new_tokens=150, temperature=2.0, seed=1),
-            asyncio.get_running_loop().time() + 0.05,
+            asyncio.get_running_loop().time() + 0.2,
         )
+        told = 0
 
-        async def listen_slowly() -> None:
+        async def listen() -> None:
+            nonlocal told
             async for _ in tokens:
-                await asyncio.sleep(0.01)
+                told += 1
 
         with pytest.raises(RequestError) as caught:
-            await listen_slowly()
+            await listen()
+        assert 0 < told < 15
         assert (caught.value.status, caught.value.code) == (504, "deadline_exceeded")
         await asyncio.sleep(0.05)
         assert loop._running.rows == 0
@@ -142,8 +146,8 @@ def test_the_deadline_ends_an_answer_in_the_middle(engine: AnswerEngine) -> None
 class Scarce:
     """A running model in whose memory only so many rows fit, and which fails where it is told to."""
 
-    def __init__(self, running: Any, rows: int) -> None:
-        self._running, self.fit, self.broken = running, rows, False
+    def __init__(self, running: Any, rows: int, seconds: float = 0.0) -> None:
+        self._running, self.fit, self.seconds, self.broken = running, rows, seconds, False
         self.most = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -156,6 +160,7 @@ class Scarce:
 
     def step(self) -> list[Token]:
         self.most = max(self.most, self._running.rows)
+        time.sleep(self.seconds)
         if self.broken:
             self.broken = False
             raise RuntimeError("device-side assert at 0x7f00")
