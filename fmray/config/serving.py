@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from fmray.config.base import RuntimeConfig, Section
 from fmray.errors import ConfigError
+
+HOST = re.compile(r"(\*\.)?[^\s/:@*?#\[\]\\%.]+(\.[^\s/:@*?#\[\]\\%.]+)*\.?(:[0-9]{1,5})?")
 
 
 class BatchConfig(Section):
@@ -31,7 +35,8 @@ class FetchConfig(Section):
     """Pictures by http(s) address: none is fetched unless its host is listed."""
 
     hosts: tuple[str, ...] = ()
-    """Hosts as they stand in the address (`images.example.org`), `*.example.org` for all below one."""
+    """Hosts as they stand in the address (`images.example.org`), `*.example.org` for all below one; on ports 80 and 443,
+    or as `images.example.org:8443` on that one alone. Their addresses must be public."""
     connect_seconds: Annotated[float, Field(gt=0)] = 3.0
     """Longest wait for a connection."""
     total_seconds: Annotated[float, Field(gt=0)] = 10.0
@@ -40,6 +45,16 @@ class FetchConfig(Section):
     """How many are followed; each address is checked as the first was."""
     at_once: Annotated[int, Field(ge=1)] = 16
     """Fetches that run at the same time; others wait their turn within their seconds."""
+    per_request: Annotated[int, Field(ge=1)] = 16
+    """Pictures that are fetched for one request; all of them together may be as large as a request's body."""
+
+    @model_validator(mode="after")
+    def _are_hosts(self) -> Self:
+        for host in self.hosts:
+            if not HOST.fullmatch(host):
+                cure = "write a host as images.example.org, *.example.org or images.example.org:8443"
+                raise ConfigError("fetch.hosts", host, cure)
+        return self
 
 
 class AccessConfig(Section):
@@ -81,6 +96,10 @@ class ScaleConfig(Section):
         if self.min_replicas > self.max_replicas:
             raise ConfigError("scale.min_replicas", self.min_replicas, "must not exceed scale.max_replicas")
         return self
+
+
+CHANGEABLE = ("checkpoint", "more", "batch")
+"""Keys that Serve's `user_config` may have: they take effect in a running replica, without dropping a request."""
 
 
 class ServeConfig(Section):
@@ -128,3 +147,16 @@ class ServeConfig(Section):
     def named(self, kind: str) -> Self:
         """The same with a `model_id`: its own, or that of this kind of model."""
         return self if self.model_id is not None else self.replace(model_id=f"fmray-{kind}")
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Every model by the name under which clients ask for it; `named` comes first."""
+        return {str(self.model_id): self.checkpoint, **self.more}
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """The same with what a running endpoint can change; raises ConfigError for another key."""
+        for key, value in changes.items():
+            if key not in CHANGEABLE:
+                cure = f"an endpoint that runs can change {', '.join(CHANGEABLE)}; start another one for the rest"
+                raise ConfigError(f"user_config.{key}", value, cure)
+        return self.replace(**changes)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
 
 import ray
-from fastapi import FastAPI
 from ray import serve
+from ray.serve import metrics
 from ray.serve.config import ProxyLocation
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,39 +17,112 @@ from fmray.runtime.ports import bind
 from fmray.runtime.ray_cluster import require_resources
 
 
-def run_app(
-    build: Callable[[], FastAPI], *, name: str, replicas: int, host: str, port: int, cpus: float, gpus: float
-) -> None:
-    """Deploy the app that `build` makes inside each replica, and return once it answers; inside `connected`.
+class Replica(Protocol):
+    """What stands behind one replica."""
 
-    Raises ResourceError: the port is taken, the cluster is too small, or the replicas do not come up.
+    @property
+    def app(self) -> ASGIApp: ...
+
+    async def reconfigure(self, changes: Mapping[str, Any]) -> None:
+        """Told the deployment's `user_config`: once after the start where there is one, and whenever it changes."""
+        ...
+
+    async def check(self) -> None:
+        """Raises where the replica must be replaced."""
+        ...
+
+
+DEPLOYMENT = "Model"
+"""The one deployment of every application."""
+
+
+def application(open_replica: Callable[[], Replica], options: Mapping[str, Any]) -> serve.Application:
+    """An application of one deployment: no hop between the proxy and the model.
+
+    open_replica: called once in each replica; it must pickle by reference. options: `serve.deployment`'s own.
     """
-    wanted = {"CPU": replicas * cpus} | ({"GPU": replicas * gpus} if gpus else {})
-    require_resources(wanted, f"replicas={replicas}", "lower replicas")
+
+    class Model:
+        def __init__(self) -> None:
+            self._replica = open_replica()
+
+        def __serve_build_asgi_app__(self) -> ASGIApp:
+            return _without_request_id(self._replica.app)
+
+        async def reconfigure(self, user_config: dict[str, Any]) -> None:
+            await self._replica.reconfigure(user_config)
+
+        async def check_health(self) -> None:
+            await self._replica.check()
+
+    deployment = serve.deployment(serve.ingress()(Model))
+    return deployment.options(name=DEPLOYMENT, logging_config=_quiet(), **options).bind()
+
+
+def run_app(
+    application: serve.Application, *, name: str, host: str, port: int, wanted: Mapping[str, float]
+) -> None:
+    """Deploy an application at `/`, and return once it answers; inside `connected`.
+
+    wanted: CPUs and GPUs that it needs at once. Raises ResourceError: the port is taken, the cluster is too small, or the
+    replicas do not come up.
+    """
+    require_resources(dict(wanted), f"the replicas of {name}", "lower replicas or scale.min_replicas")
     if serve.status().proxies:
         _check_listens(host, port)
     else:
         bind(host, port).close()
         options = {"host": host, "port": port}
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=_quiet())
-
-    def build_in_replica() -> ASGIApp:  # Serve takes a function, no other callable
-        return _without_request_id(build())
-
-    replica: Any = serve.ingress(build_in_replica)()
-    deployment = serve.deployment(replica).options(
-        name=name,
-        num_replicas=replicas,
-        max_ongoing_requests=256,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-        logging_config=_quiet(),
-    )
     try:
-        serve.run(deployment.bind(), name=name, route_prefix="/")
+        serve.run(application, name=name, route_prefix="/")
     except RuntimeError:
         reason = _last_error(name)
         stop_app(name)
         raise ResourceError(f"Ray Serve could not start {name}: {reason}") from None
+
+
+class MetricFacts(Protocol):
+    """A row of a table of metrics."""
+
+    @property
+    def kind(self) -> Literal["counter", "gauge", "histogram"]: ...
+
+    @property
+    def doc(self) -> str: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def buckets(self) -> tuple[float, ...]: ...
+
+
+def metrics_sink(table: Mapping[str, MetricFacts]) -> Callable[[str, float, dict[str, str]], None]:
+    """Counts into Ray's exporter, which puts `ray_` before each name and adds deployment and replica. In a replica."""
+    counters = {
+        name: metrics.Counter(name, row.doc, row.labels)
+        for name, row in table.items()
+        if row.kind == "counter"
+    }
+    gauges = {
+        name: metrics.Gauge(name, row.doc, row.labels) for name, row in table.items() if row.kind == "gauge"
+    }
+    histograms = {
+        name: metrics.Histogram(name, row.doc, list(row.buckets), row.labels)
+        for name, row in table.items()
+        if row.kind == "histogram"
+    }
+
+    def tell(name: str, value: float, labels: dict[str, str]) -> None:
+        if name in counters:
+            counters[name].inc(value, labels)
+        elif name in gauges:
+            gauges[name].set(value, labels)
+        else:
+            histograms[name].observe(value, labels)
+
+    return tell
 
 
 def _last_error(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -31,6 +32,8 @@ class Admission:
         self.closed = False
         self._items, self._bytes, self._visits = 0, 0, 0
         self._pace = 0.0
+        self.last_answer = -math.inf
+        """When the model last answered anything, by `time.monotonic`."""
         threads = config.prepare_threads or max(2, os.cpu_count() or 1)
         self._cpu = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="prepare")
 
@@ -75,6 +78,7 @@ class Admission:
 
     def answered(self, items: int, seconds: float) -> None:
         """Told how long a batch took: the pace is an exponential mean over about ten of them."""
+        self.last_answer = time.monotonic()
         pace = seconds / items
         self._pace = pace if not self._pace else 0.9 * self._pace + 0.1 * pace
 

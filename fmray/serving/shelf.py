@@ -106,10 +106,13 @@ class Shelf:
     async def check_ready(self) -> None:
         """A synthetic item goes through each model; raises RequestError(503) that names the one that does not answer."""
         for model in self.models:
+            started = time.monotonic()
             try:
                 await model.answers.check(asyncio.get_running_loop().time() + PROBE_SECONDS)
             except RequestError as error:
-                if error.status == 429:  # full of work is not broken
+                admission = model.answers.admission
+                full = error.status in (429, 504) and not admission.closed
+                if full and admission.last_answer > started - PROBE_SECONDS:  # full of work is not broken
                     continue
                 self._meters.gauge("fmray_ready", 0, model=model.id)
                 message = f"the model {model.id!r} does not answer: {error.code}"
@@ -121,9 +124,16 @@ class Shelf:
         before = self._models.get(model.id)
         self._models[model.id] = model
         if before is not None:
-            leaving = asyncio.get_running_loop().create_task(_end(before))
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
+            self._end(before)
+
+    def take(self, model_id: str) -> None:
+        """Serve it no more: it answers what it has and ends. Inside the event loop."""
+        self._end(self._models.pop(model_id))
+
+    def _end(self, model: ServedModel) -> None:
+        leaving = asyncio.get_running_loop().create_task(_drain(model))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
 
     def close(self) -> None:
         """End every model's threads."""
@@ -131,6 +141,6 @@ class Shelf:
             model.answers.close()
 
 
-async def _end(model: ServedModel) -> None:
+async def _drain(model: ServedModel) -> None:
     await model.answers.drained()
     model.answers.close()

@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from fmray.config.serving import ServeConfig
-from fmray.serving.deploy import build_model_app
+from fmray.serving.opening import Endpoint
 from tests.endpoint import save_answering, save_tiny_checkpoint, serving
 from tests.tiny_mllm import tiny_mllm
 from tests.tiny_vqa import tiny_vqa
@@ -34,7 +34,7 @@ def client(checkpoint: str) -> Iterator[httpx.Client]:
     config = ServeConfig(
         checkpoint=checkpoint, model_id="tiny", max_body_mib=4, max_image_mib=1, max_image_megapixels=1.0
     )
-    with serving(build_model_app(config)) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with serving(Endpoint(config).app) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 
@@ -51,10 +51,10 @@ def mllm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def vqa(vqa_checkpoint: str) -> FastAPI:
     """A VQA model's app, with limits that tests can reach quickly."""
-    return build_model_app(ServeConfig(checkpoint=vqa_checkpoint, **SMALL))
+    return Endpoint(ServeConfig(checkpoint=vqa_checkpoint, **SMALL)).app
 
 
 @pytest.fixture(scope="session")
 def mllm(mllm_checkpoint: str) -> FastAPI:
     """A multimodal LLM's, likewise."""
-    return build_model_app(ServeConfig(checkpoint=mllm_checkpoint, **SMALL))
+    return Endpoint(ServeConfig(checkpoint=mllm_checkpoint, **SMALL)).app

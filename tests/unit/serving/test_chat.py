@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from fmray.config.serving import ServeConfig
 from fmray.models.answering import Said, load_answering
-from fmray.serving.deploy import build_model_app
+from fmray.serving.opening import Endpoint
 from fmray.serving.images import pixels_of
 from fmray.types import Dialogue, Pictures, Turn
 from tests.endpoint import data_url, picture
@@ -326,7 +326,7 @@ def test_bad_bodies(mllm: FastAPI, name: str) -> None:
 def test_a_template_without_a_place_for_a_system_message(tmp_path: Any) -> None:
     answering = tiny_mllm(template="plain")
     answering.save(answering.model.state_dict(), tmp_path)
-    app = build_model_app(ServeConfig(checkpoint=str(tmp_path), model_id="m"))
+    app = Endpoint(ServeConfig(checkpoint=str(tmp_path), model_id="m")).app
     reply = ask(app, "m", {"role": "system", "content": "x"}, user("a"))
     check(reply, 400, "invalid_value", "messages[0]")
     line = "this model's template has no place for a system message: say it in the first question"

@@ -15,7 +15,7 @@ from fmray.config.serving import ServeConfig
 from fmray.errors import CheckpointError
 from fmray.models.answering import load_answering
 from fmray.serving.chat_engine import AnswerEngine
-from fmray.serving.deploy import build_model_app
+from fmray.serving.opening import Endpoint
 from tests.endpoint import app_of
 from tests.unit.serving.test_chat import CPU, ask, post, send
 from tests.unit.serving.test_conversations import user
@@ -105,6 +105,6 @@ def test_folders_that_cannot_be_served(tmp_path: Any, config: str, line: str) ->
     (tmp_path / "config.json").write_text(config)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        build_model_app(ServeConfig(checkpoint=str(tmp_path)))
+        Endpoint(ServeConfig(checkpoint=str(tmp_path))).app
     assert str(caught.value).startswith(f"{tmp_path}: {line}")
     assert "\n" not in str(caught.value)

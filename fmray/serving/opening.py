@@ -1,0 +1,124 @@
+"""From saved models to a warm endpoint: what a folder holds, the shelf, the app, and the change of a model that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+import torch
+from fastapi import FastAPI
+
+from fmray.config.serving import ServeConfig
+from fmray.errors import CheckpointError
+from fmray.manifest import find_model_folder
+from fmray.models.answering import load_answering
+from fmray.models.saved import load_dual_encoder
+from fmray.runtime.context import choose_device
+from fmray.serving.app import build_app
+from fmray.serving.batcher import Batcher
+from fmray.serving.chat_engine import AnswerEngine
+from fmray.serving.chat_loop import ChatLoop
+from fmray.serving.clip_engine import ClipEngine
+from fmray.serving.engines import Kind
+from fmray.serving.metrics import Meters, Sink
+from fmray.serving.shelf import AnsweringModel, EmbeddingModel, ServedModel, Shelf
+from fmray.serving.zero_shot import LabelVectors
+
+MODEL_TYPES: dict[str, Kind] = {
+    "fmray_dual_encoder": "clip",
+    "clip": "clip",
+    "siglip": "clip",
+    "fmray_vqa": "vqa",
+    "fmray_mllm": "mllm",
+}
+"""What a model's config.json calls itself, and the kind of endpoint that it gets."""
+
+
+class Endpoint:
+    """An app and the models behind it, in this process or in a replica. Raises CheckpointError where a model cannot be served."""
+
+    def __init__(self, config: ServeConfig, also: Sink | None = None) -> None:
+        torch.set_num_threads(config.runtime.threads or max(1, (os.cpu_count() or 1) // config.replicas))
+        self.config = config.named(kind_of(config.checkpoint))
+        self._meters = Meters(also)
+        self._changing = asyncio.Lock()
+        models = [open_model(*place, self.config, self._meters) for place in self.config.places.items()]
+        self.shelf = Shelf(models, self._meters)
+        self.app: FastAPI = build_app(self.shelf, self.config, self._meters)
+
+    async def reconfigure(self, changes: Mapping[str, Any]) -> None:
+        """Serve what the changed configuration says, without dropping a request: new models are loaded and warmed beside the old.
+
+        changes: keys of `ServeConfig` among checkpoint, more, model_id and batch. Raises ConfigError or CheckpointError, and then
+        nothing has changed.
+        """
+        async with self._changing:
+            before, after = self.config, self.config.changed(changes)
+            places = {
+                name: place
+                for name, place in after.places.items()
+                if before.places.get(name) != place or before.batch != after.batch
+            }
+            loop = asyncio.get_running_loop()
+            models = [
+                await loop.run_in_executor(None, open_model, name, place, after, self._meters)
+                for name, place in places.items()
+            ]
+            for model in models:
+                self.shelf.put(model)
+            for name in before.places.keys() - after.places.keys():
+                self.shelf.take(name)
+            self.config = after
+
+    async def check(self) -> None:
+        """Raises RequestError(503) where a model no longer answers."""
+        await self.shelf.check_ready()
+
+
+def open_model(model_id: str, location: str, config: ServeConfig, meters: Meters) -> ServedModel:
+    """A saved model, loaded and warm; raises CheckpointError where there is none or its numbers are not finite."""
+    kind = kind_of(location)
+    device, max_pixels = choose_device(config.runtime.device), int(config.max_image_megapixels * 1e6)
+    if kind == "clip":
+        clip = ClipEngine(load_dual_encoder(location, device), max_pixels=max_pixels)
+        clip.warmup()
+        vectors = Batcher(model_id, clip, config.batch, meters)
+        return EmbeddingModel(model_id, location, clip.capabilities, vectors, LabelVectors(vectors.answer))
+    with _on_disk(location) as folder:
+        answers = AnswerEngine(load_answering(folder, device), kind, max_pixels=max_pixels)
+    answers.warmup()
+    said = ChatLoop(model_id, answers, config.batch, meters)
+    return AnsweringModel(model_id, location, answers.capabilities, said)
+
+
+def kind_of(location: str) -> Kind:
+    """What kind of model a model, checkpoint or run folder holds; raises CheckpointError where it is none that is served."""
+    folder = find_model_folder(location)
+    try:
+        with fsspec.open(f"{folder}/config.json", "r", encoding="utf-8") as stream:
+            model_type = json.load(stream).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{location}: its config.json cannot be read: {error}") from None
+    if model_type not in MODEL_TYPES:
+        served = "dual encoders (CLIP, SigLIP), VQA models and multimodal LLMs"
+        raise CheckpointError(f"{location}: holds a {model_type} model; what can be served are {served}")
+    return MODEL_TYPES[model_type]
+
+
+@contextmanager
+def _on_disk(location: str) -> Iterator[str]:
+    """The model's folder, for as long as it is needed; one at a URL is copied."""
+    folder = find_model_folder(location)
+    if "://" not in folder:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as local:
+        filesystem, path = fsspec.core.url_to_fs(folder)
+        filesystem.get(f"{path.rstrip('/')}/", f"{local}/", recursive=True)
+        yield local
