@@ -159,7 +159,7 @@ class ModuleRows:
         finally:
             if not done:  # out of memory between two layers: the same step can be taken again
                 rows._mask_BL = mask_RL
-                rows._cache.crop(mask_RL.shape[1])
+                _cut(rows, slice(0, mask_RL.shape[1]))
         return logits_RV
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -211,13 +211,18 @@ def _trim(rows: AnyCausalDecoder) -> None:
     unused = int(rows._mask_BL.argmax(dim=1).min())
     if unused:
         rows._mask_BL = rows._mask_BL[:, unused:]
-        for layer in rows._cache.layers:
-            layer.keys, layer.values = (x[:, :, unused:].contiguous() for x in (layer.keys, layer.values))
+        _cut(rows, slice(unused, None))
     if isinstance(rows, CrossAttentionDecoder) and rows.memory is not None:
         memory, seen_M = rows.memory, rows.memory.visible_RLM.any(dim=(0, 1))
         used = int(seen_M.nonzero().max()) + 1 if bool(seen_M.any()) else 0
         some = type(memory)(memory.tokens_RMD[:, :used], memory.visible_RLM[:, :, :used])
         rows.memory = some if used else None
+
+
+def _cut(rows: AnyCausalDecoder, columns: slice) -> None:
+    """Keep these columns of the cache alone, and free the others."""
+    for layer in rows._cache.layers:
+        layer.keys, layer.values = (x[:, :, columns].contiguous() for x in (layer.keys, layer.values))
 
 
 class AnySeq2SeqDecoder(_ModuleDecoder):

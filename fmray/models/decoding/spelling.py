@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 
@@ -59,8 +58,8 @@ class Spelling:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
-        self._bytes = _byte_of() if '"ByteLevel"' in json.dumps(decoder) else {}
+        spells_bytes = "ByteLevel(" in repr(tokenizer.backend_tokenizer.decoder)
+        self._bytes = _byte_of() if spells_bytes else {}
         self._known: dict[int, bytes] = {}
 
     def octets(self, token: int) -> bytes:
