@@ -71,6 +71,8 @@ class _Lease:
     """Spent since the last question."""
     known: Grant = field(default=NOTHING)
     """The actor's last answer."""
+    refused: tuple[int, float, Grant] = (0, 0.0, NOTHING)
+    """How much was refused last, until when that is not asked again, and the answer: who hammers costs the actor nothing."""
 
     @property
     def left(self) -> int:
@@ -123,10 +125,14 @@ class RayLedger:
             if lease.left < need:
                 if now < self._alone_until:
                     return self._own.take(name, limit, need, need, now)
+                least, until, refusal = lease.refused
+                if now < until and need >= least:
+                    return refusal
                 answer = await self._ask(lease, name, limit, need)
                 if answer is None:
                     return self._own.take(name, limit, need, need, now)
                 if not answer.granted:
+                    lease.refused = need, now + min(answer.wait, LEASE), answer
                     return answer
             lease.spend(need)
             self._tidy(now)

@@ -10,7 +10,7 @@ from fmray.serving.schemas import ErrorFacts, ErrorReply
 
 MOST_HEAD = 32 * 2**10
 """Bytes of a request line and its headers. httptools, which uvicorn takes where it is installed, has no bound of its own;
-h11 refuses beyond the same number."""
+h11 bounds what it has to keep: the same number and one read."""
 HEAD_SECONDS = 20.0
 """In which the first request's head has to be there; later ones have uvicorn's keep-alive time."""
 MOST_LEFT_OVER = 64 * 2**20
@@ -35,22 +35,32 @@ def refusal(status: int) -> bytes:
     return head.encode() + b"connection: close\r\n\r\n" + body
 
 
-def uvicorn_protocol() -> dict[str, Any]:
-    """Arguments for `uvicorn.Config`: our protocol over httptools, or over h11 where there is no httptools."""
-    if find_spec("httptools") is None:
-        return {"http": _bounded_h11(), "h11_max_incomplete_event_size": MOST_HEAD}
-    return {"http": _bounded_httptools()}
+def uvicorn_settings() -> dict[str, Any]:
+    """Arguments for `uvicorn.Config`: our protocol over httptools, or over h11 where there is no httptools.
+
+    No access log, which would hold paths and queries; no websockets; no forwarded header is believed, which uvicorn does of
+    whoever connects from this machine; and no word of what serves.
+    """
+    protocol = _bounded_h11() if find_spec("httptools") is None else _bounded_httptools()
+    return {
+        "http": protocol,
+        "h11_max_incomplete_event_size": MOST_HEAD,
+        "ws": "none",
+        "access_log": False,
+        "proxy_headers": False,
+        "server_header": False,
+    }
 
 
 def _bounded_h11() -> type[Any]:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class BoundedH11(H11Protocol):  # type: ignore[misc]
-        """h11 counts a head's bytes itself."""
+        """h11 counts what it keeps itself."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
-            _close_unless_asked(self, transport)
+            _begin(self, transport)
 
         def send_400_response(self, msg: str) -> None:
             self.transport.write(refusal(400))
@@ -72,7 +82,7 @@ def _bounded_httptools() -> type[Any]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
-            _close_unless_asked(self, transport)
+            _begin(self, transport)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -122,8 +132,9 @@ def _bounded_httptools() -> type[Any]:
     return BoundedHttpTools
 
 
-def _close_unless_asked(protocol: Any, transport: asyncio.Transport) -> None:
+def _begin(protocol: Any, transport: asyncio.Transport) -> None:
     """A connection that never sends a whole head is closed; uvicorn would keep it for ever."""
+    protocol.access_log = False  # uvicorn asks only whether somebody, anybody, has a handler that hears it
 
     def look() -> None:
         if protocol.cycle is None and not transport.is_closing():
