@@ -16,10 +16,13 @@ from fmray.errors import RequestError
 from fmray.serving.asks import Ask, ImageAsk, TextAsk, checked_text
 from fmray.serving.clip_engine import Embedding
 from fmray.serving.images import image_bytes, is_data_url
+from fmray.serving.inbound import deadline_of, note_times
 from fmray.serving.index_shelf import IndexShelf
 from fmray.serving.index_store import PictureIndex
+from fmray.serving.rate_limits import charge
 from fmray.serving.schemas import JSON, ImagePart, ImageUrlPart, Item, TextPart, Usage
 from fmray.serving.search_schemas import IndexList, IndexObject, SearchHit, SearchReply, SearchRequest
+from fmray.serving.shelf import EmbeddingModel
 
 Value = TypeVar("Value")
 
@@ -38,6 +41,19 @@ class QueryEncoder:
     answer: Callable[[Sequence[Ask], Request], Awaitable[list[Embedding]]]
     """One unit vector per ask; raises RequestError (busy, too late)."""
     on_cpu: OnCpu
+
+
+def query_encoder(model: EmbeddingModel) -> QueryEncoder:
+    """A model of the shelf, asked as `/v1/embeddings` asks it: charged to the caller, within the request's deadline."""
+
+    async def answer(asks: Sequence[Ask], request: Request) -> list[Embedding]:
+        await charge(request, len(asks))
+        with model.batcher.admission.visit():
+            answered = await model.batcher.answer(asks, deadline_of(request))
+        note_times(request, answered)
+        return list(answered.replies)
+
+    return QueryEncoder(model.id, answer, model.batcher.admission.on_cpu)
 
 
 class SearchRoutes:
@@ -103,6 +119,7 @@ def _search_reply(
 ) -> str:
     prefix = (body.filter.prefix or "") if body.filter else ""
     captions = body.filter.caption if body.filter else None
+    captions = [captions] if isinstance(captions, str) else captions
     found = index.search(embedded.vector_D.numpy(), body.top_k, prefix=prefix, captions=captions)
     with_thumbnails = "thumbnails" in body.include
     data = [

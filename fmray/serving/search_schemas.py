@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictInt
 
-from fmray.serving.schemas import Body, Item, Strings, Text, Usage
+from fmray.serving.schemas import Body, Item, Text, Usage
 
 MOST_HITS = 100
+MOST_CAPTIONS = 1000
 
 
 class SearchFilter(Body):
@@ -18,7 +19,7 @@ class SearchFilter(Body):
 
     prefix: Text | None = None
     """Only pictures whose id starts with this: `holiday/2024/`."""
-    caption: Strings | None = None
+    caption: Text | Annotated[list[Text], Field(max_length=MOST_CAPTIONS)] | None = None
     """Only pictures that have exactly this caption, or one of these."""
 
 

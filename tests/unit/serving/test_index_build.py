@@ -192,7 +192,9 @@ def test_what_cannot_be_built_is_said_in_one_line(
         build_index(index_config(checkpoint, tmp_path / "emty", tmp_path / "index"))
     root = write_pictures(tmp_path / "pictures", each=1)
     with pytest.raises(ConfigError, match=r"^output='s3://bucket/index': write a local folder"):
-        index_config(checkpoint, root, tmp_path, output="s3://bucket/index")
+        load_config(
+            IndexConfig, {}, ["checkpoint=a", "source.path=b", "output=s3://bucket/index"], door="index"
+        )
     with pytest.raises(ConfigError, match=r"^source.root='x': unknown key; there are: kind, path"):
         load_config(
             IndexConfig, {}, ["checkpoint=a", "output=b", "source.root=x", "source.path=p"], door="index"
