@@ -131,7 +131,7 @@ class ServeConfig(Section):
     """Keys and limits of those who ask."""
     page: bool = True
     """A web page at `/` to try the models with."""
-    page_bases: tuple[Annotated[str, Field(pattern=r"^/[A-Za-z0-9._~/-]*$")], ...] = ()
+    page_bases: tuple[Annotated[str, Field(pattern=r"^/([A-Za-z0-9._~-]+/?)*$")], ...] = ()
     """Further addresses of the same host at which the page looks for models: [/vqa] where this endpoint is at /clip."""
     max_inputs: Annotated[int, Field(ge=1)] = 2048
     """Texts and images in one request."""

@@ -15,6 +15,7 @@ from fmray.serving.chat_routes import ChatRoutes
 from fmray.serving.embedding_routes import EmbeddingRoutes
 from fmray.serving.metrics import Meters
 from fmray.serving.model_routes import ModelRoutes
+from fmray.serving.page_routes import PageRoutes
 from fmray.serving.ranking_routes import RankingRoutes
 from fmray.serving.schemas import ErrorReply
 from fmray.serving.shelf import Shelf
@@ -42,6 +43,7 @@ def build_app(shelf: Shelf, config: ServeConfig, meters: Meters) -> FastAPI:
         RankingRoutes(shelf, config),
         ChatRoutes(shelf, config, meters),
         ModelRoutes(shelf, config, meters),
+        PageRoutes(config),
     ):
         routes.add_to(router)
     app.include_router(router)
