@@ -83,14 +83,13 @@ def data_url(data: bytes, mime: str = "image/png") -> str:
 def app_of(engine: Any, model_id: str = "m", **config: Any) -> FastAPI:
     """The app of one engine that is there already."""
     settings, meters = ServeConfig(checkpoint="none", **config), Meters()
-    if engine.capabilities.output == "embedding":
-        batcher: Batcher[Any, Any] = Batcher(model_id, engine, settings.batch, meters)
-        model: Any = EmbeddingModel(
-            model_id, "none", engine.capabilities, batcher, LabelVectors(batcher.answer)
-        )
+    batcher: Any = (Batcher if engine.capabilities.output == "embedding" else ChatLoop)(
+        model_id, engine, settings.batch, meters
+    )
+    if isinstance(batcher, ChatLoop):
+        model: Any = AnsweringModel(model_id, "none", engine, batcher)
     else:
-        loop = ChatLoop(model_id, engine, settings.batch, meters)
-        model = AnsweringModel(model_id, "none", engine.capabilities, loop)
+        model = EmbeddingModel(model_id, "none", engine, batcher, LabelVectors(batcher.answer))
     return build_app(Shelf([model], meters), settings, meters)
 
 

@@ -77,6 +77,10 @@ class EmbeddingEngine(BatchEngine[Ask, Any, Embedding], Protocol):
     @property
     def capabilities(self) -> EmbeddingCapabilities: ...
 
+    def warmup(self) -> None:
+        """Raises CheckpointError where the model's numbers are not finite."""
+        ...
+
 
 class ClipEngine:
     """A dual encoder: pictures through one tower, texts of about one length through the other."""

@@ -24,7 +24,7 @@ from fmray.serving.app import build_app
 from fmray.serving.batcher import Batcher
 from fmray.serving.chat_engine import AnswerEngine
 from fmray.serving.chat_loop import ChatLoop
-from fmray.serving.clip_engine import ClipEngine
+from fmray.serving.clip_engine import ClipEngine, EmbeddingEngine
 from fmray.serving.engines import Kind
 from fmray.serving.metrics import Meters, Sink
 from fmray.serving.shelf import AnsweringModel, EmbeddingModel, ServedModel, Shelf
@@ -40,6 +40,9 @@ MODEL_TYPES: dict[str, Kind] = {
 """What a model's config.json calls itself, and the kind of endpoint that it gets."""
 
 
+Engine = EmbeddingEngine | AnswerEngine
+
+
 class Endpoint:
     """An app and the models behind it, in this process or in a replica. Raises CheckpointError where a model cannot be served."""
 
@@ -48,28 +51,34 @@ class Endpoint:
         self.config = config.named(kind_of(config.checkpoint))
         self._meters = Meters(also)
         self._changing = asyncio.Lock()
-        models = [open_model(*place, self.config, self._meters) for place in self.config.places.items()]
-        self.shelf = Shelf(models, self._meters)
+        self.shelf = Shelf(
+            [
+                served_model(name, place, open_engine(place, self.config), self.config, self._meters)
+                for name, place in self.config.places.items()
+            ],
+            self._meters,
+        )
         self.app: FastAPI = build_app(self.shelf, self.config, self._meters)
 
     async def reconfigure(self, changes: Mapping[str, Any]) -> None:
         """Serve what the changed configuration says, without dropping a request: new models are loaded and warmed beside the old.
 
-        changes: keys of `ServeConfig` among checkpoint, more, model_id and batch. Raises ConfigError or CheckpointError, and then
-        nothing has changed.
+        changes: keys among `config.serving.CHANGEABLE`. Raises ConfigError or CheckpointError, and then nothing has changed.
         """
         async with self._changing:
             before, after = self.config, self.config.changed(changes)
-            places = {
-                name: place
-                for name, place in after.places.items()
-                if before.places.get(name) != place or before.batch != after.batch
-            }
+            served = {model.id: model for model in self.shelf.models}
             loop = asyncio.get_running_loop()
-            models = [
-                await loop.run_in_executor(None, open_model, name, place, after, self._meters)
-                for name, place in places.items()
-            ]
+            models = []
+            for name, place in after.places.items():
+                engine: Engine | None = None
+                if before.places.get(name) == place:
+                    if before.batch == after.batch:
+                        continue
+                    engine = served[name].engine
+                if engine is None:
+                    engine = await loop.run_in_executor(None, open_engine, place, after)
+                models.append(served_model(name, place, engine, after, self._meters))
             for model in models:
                 self.shelf.put(model)
             for name in before.places.keys() - after.places.keys():
@@ -81,20 +90,29 @@ class Endpoint:
         await self.shelf.check_ready()
 
 
-def open_model(model_id: str, location: str, config: ServeConfig, meters: Meters) -> ServedModel:
+def open_engine(location: str, config: ServeConfig) -> Engine:
     """A saved model, loaded and warm; raises CheckpointError where there is none or its numbers are not finite."""
     kind = kind_of(location)
     device, max_pixels = choose_device(config.runtime.device), int(config.max_image_megapixels * 1e6)
+    engine: Engine
     if kind == "clip":
-        clip = ClipEngine(load_dual_encoder(location, device), max_pixels=max_pixels)
-        clip.warmup()
-        vectors = Batcher(model_id, clip, config.batch, meters)
-        return EmbeddingModel(model_id, location, clip.capabilities, vectors, LabelVectors(vectors.answer))
-    with _on_disk(location) as folder:
-        answers = AnswerEngine(load_answering(folder, device), kind, max_pixels=max_pixels)
-    answers.warmup()
-    said = ChatLoop(model_id, answers, config.batch, meters)
-    return AnsweringModel(model_id, location, answers.capabilities, said)
+        engine = ClipEngine(load_dual_encoder(location, device), max_pixels=max_pixels)
+    else:
+        with _on_disk(location) as folder:
+            engine = AnswerEngine(load_answering(folder, device), kind, max_pixels=max_pixels)
+    engine.warmup()
+    return engine
+
+
+def served_model(
+    name: str, location: str, engine: Engine, config: ServeConfig, meters: Meters
+) -> ServedModel:
+    """An engine with what makes batches of requests for it."""
+    if isinstance(engine, AnswerEngine):
+        loop = ChatLoop(name, engine, config.batch, meters)
+        return AnsweringModel(name, location, engine, loop)
+    batcher = Batcher(name, engine, config.batch, meters)
+    return EmbeddingModel(name, location, engine, batcher, LabelVectors(batcher.answer))
 
 
 def kind_of(location: str) -> Kind:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from fmray.errors import RequestError
 from fmray.serving.asks import Ask
 from fmray.serving.batcher import Batcher
-from fmray.serving.chat_engine import AnswerCapabilities
+from fmray.serving.chat_engine import AnswerCapabilities, AnswerEngine
 from fmray.serving.chat_loop import ChatLoop
-from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
+from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities, EmbeddingEngine
 from fmray.serving.engines import KINDS
 from fmray.serving.metrics import Meters
 from fmray.serving.zero_shot import LabelVectors
@@ -29,11 +29,16 @@ class EmbeddingModel:
 
     id: str
     checkpoint: str
-    capabilities: EmbeddingCapabilities
+    engine: EmbeddingEngine
     batcher: Batcher[Ask, Embedding]
     labels: LabelVectors
     created: int = field(default_factory=lambda: int(time.time()))
     routes: tuple[str, ...] = EMBEDDING_ROUTES
+
+    @property
+    def capabilities(self) -> EmbeddingCapabilities:
+        """The engine's."""
+        return self.engine.capabilities
 
     @property
     def answers(self) -> Batcher[Ask, Embedding]:
@@ -47,10 +52,15 @@ class AnsweringModel:
 
     id: str
     checkpoint: str
-    capabilities: AnswerCapabilities
+    engine: AnswerEngine
     loop: ChatLoop
     created: int = field(default_factory=lambda: int(time.time()))
     routes: tuple[str, ...] = ANSWER_ROUTES
+
+    @property
+    def capabilities(self) -> AnswerCapabilities:
+        """The engine's."""
+        return self.engine.capabilities
 
     @property
     def answers(self) -> ChatLoop:

@@ -105,6 +105,6 @@ def test_folders_that_cannot_be_served(tmp_path: Any, config: str, line: str) ->
     (tmp_path / "config.json").write_text(config)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        Endpoint(ServeConfig(checkpoint=str(tmp_path))).app
+        Endpoint(ServeConfig(checkpoint=str(tmp_path)))
     assert str(caught.value).startswith(f"{tmp_path}: {line}")
     assert "\n" not in str(caught.value)
