@@ -35,6 +35,7 @@ ROOMS_MAY_IMPORT = {
     "data": {"errors", "types", "config", "assets"},
     "models": {"errors", "types", "config", "assets", "manifest"},
     "objectives": set(),
+    "checks": FOUNDATION | {"runtime"},
     "training": FOUNDATION | {"runtime", "data", "models", "objectives", "evaluation"},
     "evaluation": FOUNDATION | {"runtime", "data", "models"},
     "serving": FOUNDATION | {"runtime", "data", "models"},
