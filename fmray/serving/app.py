@@ -10,14 +10,20 @@ from fastapi import APIRouter, FastAPI
 
 import fmray
 from fmray.config.serving import ServeConfig
-from fmray.serving.border import Border, install_error_answers
+from fmray.serving.border import Border, Finished, install_error_answers, log_finished
 from fmray.serving.chat_routes import ChatRoutes
 from fmray.serving.embedding_routes import EmbeddingRoutes
+from fmray.serving.fetch import Fetcher
+from fmray.serving.index_shelf import IndexShelf
+from fmray.serving.keys import Access
 from fmray.serving.metrics import Meters
 from fmray.serving.model_routes import ModelRoutes
 from fmray.serving.page_routes import PageRoutes
 from fmray.serving.ranking_routes import RankingRoutes
+from fmray.serving.rate_limits import Ledger, RateLimits
+from fmray.serving.reading import Reader
 from fmray.serving.schemas import ErrorReply
+from fmray.serving.search_routes import SearchRoutes, ServedEncoders, query_encoder
 from fmray.serving.shelf import Shelf
 
 MIB = 2**20
@@ -26,25 +32,63 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_app(shelf: Shelf, config: ServeConfig, meters: Meters) -> FastAPI:
-    """The ASGI app of some warm models; ends their threads when it ends."""
+def build_app(shelf: Shelf, config: ServeConfig, meters: Meters, ledger: Ledger | None = None) -> FastAPI:
+    """The ASGI app of some warm models; ends their threads when it ends.
+
+    ledger: where limits are counted, over all replicas; None: in this process. Raises ConfigError for a key file that cannot be
+    read, CheckpointError or DataError for an index that cannot be searched.
+    """
+    fetcher = Fetcher(
+        config.fetch,
+        config.max_image_mib * MIB,
+        count=lambda outcome: meters.count("fmray_fetches_total", outcome=outcome),
+    )
+    reader = Reader(config, fetcher)
+    indexes = IndexShelf(config.indexes, served=ServedEncoders(shelf, lambda model: model.capabilities.dim))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        indexes.start()
         yield
+        indexes.close()
         shelf.close()
+        fetcher.close()
 
     app = FastAPI(title="fmray", version=fmray.__version__, redirect_slashes=False, lifespan=lifespan)
-    app.add_middleware(Border, max_body=config.max_body_mib * MIB)
+    app.add_middleware(Border, **_border(config, meters, ledger))
     install_error_answers(app)
     router = APIRouter(responses=ERRORS)
     for routes in (
-        EmbeddingRoutes(shelf, config),
-        RankingRoutes(shelf, config),
-        ChatRoutes(shelf, config, meters),
+        EmbeddingRoutes(shelf, reader, max_labels=config.max_labels),
+        RankingRoutes(shelf, reader, max_inputs=config.max_inputs),
+        ChatRoutes(shelf, reader, meters),
+        SearchRoutes(
+            ServedEncoders(shelf, query_encoder), indexes, max_image_bytes=config.max_image_mib * MIB
+        ),
         ModelRoutes(shelf, config, meters),
         PageRoutes(config),
     ):
         routes.add_to(router)
     app.include_router(router)
     return app
+
+
+def _border(config: ServeConfig, meters: Meters, ledger: Ledger | None) -> dict[str, Any]:
+    """The border's settings: who may ask, how much, by when, and what is noted of it."""
+    access = config.access
+
+    def finished(request: Finished) -> None:
+        meters.count("fmray_requests_total", route=request.route, code=str(request.status))
+        meters.observe("fmray_request_seconds", request.seconds, route=request.route)
+        if access.log_requests:
+            log_finished(request)
+
+    return {
+        "max_body": config.max_body_mib * MIB,
+        "access": Access(access.key_file) if access.key_file is not None else None,
+        "limits": RateLimits(ledger, requests=access.requests_per_minute, inputs=access.inputs_per_minute),
+        "deadline_seconds": config.batch.deadline_seconds,
+        "body_seconds": access.body_seconds,
+        "address_header": access.address_header,
+        "finished": finished,
+    }

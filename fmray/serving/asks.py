@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,10 +57,12 @@ def read_asks(
     max_image_bytes: int,
     truncate: bool = True,
     field: str = "input",
+    fetched: Mapping[str, bytes] | None = None,
 ) -> list[Ask]:
     """The items of a request's field in order; raises RequestError(400) with `param="input[3]"`.
 
-    `modality` `auto`: a plain string is a text unless it is a `data:` URL; `image`: all must be pictures.
+    `modality` `auto`: a plain string is a text unless it is a `data:` URL; `image`: all must be pictures. `fetched`: the
+    pictures of `web_addresses`, by their names.
     """
     if not items:
         raise RequestError(400, "empty_input", f"{field} is empty", field)
@@ -73,12 +75,23 @@ def read_asks(
         if url is not None:
             if modality == "text":
                 raise RequestError(400, "invalid_value", f"{name} is an image where texts are expected", name)
-            asks.append(ImageAsk(image_bytes(url, name, max_bytes=max_image_bytes), name))
+            asks.append(ImageAsk(image_bytes(url, name, max_bytes=max_image_bytes, fetched=fetched), name))
         elif modality == "image":
             raise RequestError(400, "invalid_value", f"{name} is a text where images are expected", name)
         else:
             asks.append(TextAsk(checked_text(text, name), name, truncate))
     return asks
+
+
+def web_addresses(items: Sequence[Item], *, modality: Modality, field: str = "input") -> dict[str, str]:
+    """The items that are pictures at an http(s) address, by their names."""
+    urls = {f"{field}[{position}]": _url_or_text(item, modality)[0] for position, item in enumerate(items)}
+    return {name: url for name, url in urls.items() if url is not None and is_web_address(url)}
+
+
+def is_web_address(url: str) -> bool:
+    """Whether it says http:// or https://, in letters of either case."""
+    return url[:8].lower().startswith(("http://", "https://"))
 
 
 def _url_or_text(item: Item, modality: Modality) -> tuple[str | None, str]:

@@ -14,7 +14,6 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
-from fmray.config.serving import ServeConfig
 from fmray.errors import RequestError
 from fmray.models.decoding.running import Spelled, Token
 from fmray.serving.border import error_response
@@ -34,14 +33,14 @@ from fmray.serving.chat_schemas import (
     TopLogprob,
     check_options,
 )
-from fmray.serving.conversations import ChatAsk, ChatLimits, read_conversation
+from fmray.serving.conversations import ChatAsk
 from fmray.serving.inbound import deadline_of
 from fmray.serving.metrics import Meters
+from fmray.serving.reading import Reader
 from fmray.serving.schemas import JSON
 from fmray.serving.shelf import AnsweringModel, Shelf
 from fmray.serving.telling import Telling
 
-MIB = 2**20
 EVENTS = "text/event-stream"
 
 
@@ -90,9 +89,8 @@ class Answer:
 class ChatRoutes:
     """The route, of every model on the shelf that answers."""
 
-    def __init__(self, shelf: Shelf, config: ServeConfig, meters: Meters) -> None:
-        self._shelf, self._meters = shelf, meters
-        self._limits = ChatLimits(config.max_inputs, config.max_images, config.max_image_mib * MIB)
+    def __init__(self, shelf: Shelf, reader: Reader, meters: Meters) -> None:
+        self._shelf, self._reader, self._meters = shelf, reader, meters
 
     def add_to(self, router: APIRouter) -> None:
         """This route."""
@@ -102,7 +100,7 @@ class ChatRoutes:
         """What the model says to the last message: one answer, whole, or token by token with `stream`."""
         model = self._shelf.answering(body.model, "/v1/chat/completions")
         check_options(body)
-        ask = await self._ask(model, body)
+        ask = await self._ask(model, body, request)
         if body.stream:
             events = self._events(model, body, ask, request)
             first = await anext(
@@ -124,12 +122,12 @@ class ChatRoutes:
         )
         return Response(reply.model_dump_json(), media_type=JSON)
 
-    async def _ask(self, model: AnsweringModel, body: ChatRequest) -> ChatAsk:
+    async def _ask(self, model: AnsweringModel, body: ChatRequest, request: Request) -> ChatAsk:
         length, option = body.longest
         temperature = body.temperature or 0.0
         with model.loop.admission.visit():
-            on_cpu = model.loop.admission.on_cpu
-            dialogue, images = await on_cpu(read_conversation, body.messages, self._limits)
+            read = self._reader.conversation(request, model.loop.admission, body.messages)
+            dialogue, images = await read
         return ChatAsk(
             dialogue,
             images,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fmray.errors import RequestError
-from fmray.serving.asks import MAX_TEXT_CHARACTERS, ImageAsk
+from fmray.serving.asks import MAX_TEXT_CHARACTERS, ImageAsk, is_web_address
 from fmray.serving.chat_schemas import Message
 from fmray.serving.images import image_bytes
 from fmray.serving.schemas import ImageUrlPart
@@ -54,14 +54,15 @@ class ChatLimits:
 
 
 def read_conversation(
-    messages: Sequence[Message], limits: ChatLimits
+    messages: Sequence[Message], limits: ChatLimits, fetched: Mapping[str, bytes] | None = None
 ) -> tuple[Dialogue, dict[str, ImageAsk]]:
     """Messages as a dialogue and its pictures; raises RequestError(400) with `param="messages[2].content[1]"`.
 
     Several texts of one message are joined by line breaks. User and assistant take turns, beginning and ending with the user.
+    fetched: the pictures of `picture_addresses`, by their names.
     """
     _check_size(messages, limits)
-    reader = _Reader(limits)
+    reader = _Reader(limits, fetched or {})
     for position, message in enumerate(messages):
         name = f"messages[{position}]"
         if message.tool_calls or message.function_call:
@@ -75,6 +76,16 @@ def read_conversation(
         else:
             reader.lead(message, name, first=position == 0)
     return reader.dialogue(), reader.images
+
+
+def picture_addresses(messages: Sequence[Message]) -> dict[str, str]:
+    """The pictures at an http(s) address, by their names (`messages[2].content[1]`)."""
+    return {
+        f"messages[{place}].content[{position}]": part.image_url.url
+        for place, message in enumerate(messages)
+        for position, part in enumerate(message.content)
+        if isinstance(part, ImageUrlPart) and is_web_address(part.image_url.url)
+    }
 
 
 def _check_size(messages: Sequence[Message], limits: ChatLimits) -> None:
@@ -96,7 +107,8 @@ def _check_size(messages: Sequence[Message], limits: ChatLimits) -> None:
 class _Reader:
     """The conversation so far."""
 
-    def __init__(self, limits: ChatLimits) -> None:
+    def __init__(self, limits: ChatLimits, fetched: Mapping[str, bytes]) -> None:
+        self._fetched = fetched
         self.images: dict[str, ImageAsk] = {}
         self._limits = limits
         self._system = ""
@@ -144,7 +156,7 @@ class _Reader:
         return Dialogue("messages", tuple(self._keys), turns, system=self._system)
 
     def _picture(self, url: str, name: str) -> str:
-        image = image_bytes(url, name, max_bytes=self._limits.image_bytes)
+        image = image_bytes(url, name, max_bytes=self._limits.image_bytes, fetched=self._fetched)
         key = hashlib.sha256(image).hexdigest()
         self.images.setdefault(key, ImageAsk(image, name))
         return key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 30
 """What requests in flight are given when the endpoint is told to stop."""
 
+PROXY_BORDER = "fmray.serving.proxy_border.middlewares"
+"""What stands around Serve's own proxy."""
 BATCH = 32
 """Items of a batch where the configuration names none."""
 
@@ -51,12 +54,13 @@ def app(args: dict[str, Any]) -> Any:
 
 
 def open_replica(config: ServeConfig) -> Endpoint:
-    """The endpoint of one replica; what it counts goes to Ray's exporter too."""
+    """The endpoint of one replica; what it counts goes to Ray's exporter too, and limits hold over all replicas."""
     from fmray.runtime import ray_serve
+    from fmray.runtime.ray_limits import RayLedger
     from fmray.serving.metrics import METRICS
     from fmray.serving.opening import Endpoint
 
-    return Endpoint(config, ray_serve.metrics_sink(METRICS))
+    return Endpoint(config, ray_serve.metrics_sink(METRICS), RayLedger(str(config.model_id)))
 
 
 def _options(config: ServeConfig) -> dict[str, Any]:
@@ -94,16 +98,13 @@ def _options(config: ServeConfig) -> dict[str, Any]:
 def _serve_here(config: ServeConfig) -> None:
     import uvicorn
 
+    from fmray.serving.connections import uvicorn_settings
     from fmray.serving.opening import Endpoint
 
     with bind(config.host, config.port) as bound:  # before the model: a port in use is known at once
         endpoint = Endpoint(config)
         settings = uvicorn.Config(
-            endpoint.app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=GRACE_SECONDS,
+            endpoint.app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS, **uvicorn_settings()
         )
         served = ", ".join(endpoint.config.places)
         logger.info("serving %s on http://%s:%d/v1", served, config.host, config.port)
@@ -114,7 +115,7 @@ def _serve_here(config: ServeConfig) -> None:
 
 
 def _serve_on_ray(config: ServeConfig) -> None:
-    from fmray.runtime import ray_serve
+    from fmray.runtime import ray_limits, ray_serve
     from fmray.runtime.ray_cluster import connected
     from fmray.serving.opening import kind_of
 
@@ -123,6 +124,8 @@ def _serve_on_ray(config: ServeConfig) -> None:
     config = config.replace(checkpoint=find_model_folder(config.checkpoint), more=more)
     config = config.named(kind_of(config.checkpoint))
     name = str(config.model_id)
+    # read by Serve's proxies, which inherit it from the Ray that starts here; a cluster sets it on every node
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", PROXY_BORDER)
     # the signals after Ray, whose own handler would end the process
     with connected(config.runtime.address), stop_on_sigterm() as stop_asked:
         ray_serve.run_app(
@@ -137,6 +140,7 @@ def _serve_on_ray(config: ServeConfig) -> None:
             ray_serve.wait_while_running(name, stop_asked)
         finally:
             ray_serve.stop_app(name)
+            ray_limits.end(name)
 
 
 def _wanted(config: ServeConfig) -> dict[str, float]:

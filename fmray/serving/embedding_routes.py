@@ -13,11 +13,11 @@ import torch
 from fastapi import APIRouter, Request, Response
 from torch.nn import functional as F
 
-from fmray.config.serving import ServeConfig
 from fmray.errors import RequestError
-from fmray.serving.asks import Ask, ImageAsk, Modality, read_asks
+from fmray.serving.asks import Ask, ImageAsk
 from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
 from fmray.serving.inbound import deadline_of, note_times
+from fmray.serving.reading import Reader
 from fmray.serving.schemas import (
     JSON,
     Classification,
@@ -26,21 +26,18 @@ from fmray.serving.schemas import (
     EmbeddingObject,
     EmbeddingsReply,
     EmbeddingsRequest,
-    Item,
     LabelScore,
     Usage,
 )
-from fmray.serving.shelf import EmbeddingModel, Shelf
+from fmray.serving.shelf import Shelf
 from fmray.serving.zero_shot import NEUTRAL, check_labels, probabilities
-
-MIB = 2**20
 
 
 class EmbeddingRoutes:
     """`/v1/embeddings` and `/v1/classify` of every dual encoder on the shelf."""
 
-    def __init__(self, shelf: Shelf, config: ServeConfig) -> None:
-        self._shelf, self._config = shelf, config
+    def __init__(self, shelf: Shelf, reader: Reader, *, max_labels: int) -> None:
+        self._shelf, self._reader, self._max_labels = shelf, reader, max_labels
 
     def add_to(self, router: APIRouter) -> None:
         """These routes."""
@@ -58,7 +55,9 @@ class EmbeddingRoutes:
             raise RequestError(400, "invalid_value", message, "dimensions")
         on_cpu = model.batcher.admission.on_cpu
         with model.batcher.admission.visit():
-            asks = await self._read(model, body.input, body.modality, truncate=body.truncate)
+            asks = await self._reader.asks(
+                request, model.batcher.admission, body.input, modality=body.modality, truncate=body.truncate
+            )
             answered = await model.batcher.answer(asks, deadline_of(request))
             note_times(request, answered)
             usage = usage_of(asks, answered.replies)
@@ -68,9 +67,9 @@ class EmbeddingRoutes:
     async def classify(self, body: ClassifyRequest, request: Request) -> Response:
         """Which label fits each picture, with probabilities, best first."""
         model = self._shelf.embedding(body.model, "/v1/classify")
-        check_labels(body.labels, body.template, max_labels=self._config.max_labels)
+        check_labels(body.labels, body.template, max_labels=self._max_labels)
         with model.batcher.admission.visit():
-            asks = await self._read(model, body.input, "image")
+            asks = await self._reader.asks(request, model.batcher.admission, body.input, modality="image")
             neutral = [NEUTRAL] if body.multi_label else []
             labels = await model.labels.of([*body.labels, *neutral], body.template)
             answered = await model.batcher.answer(asks, deadline_of(request))
@@ -80,19 +79,6 @@ class EmbeddingRoutes:
                 _classify_reply, body, answered.replies, labels, usage, model.capabilities
             )
         return Response(reply, media_type=JSON)
-
-    async def _read(
-        self, model: EmbeddingModel, items: Sequence[Item], modality: Modality, truncate: bool = True
-    ) -> list[Ask]:
-        return await model.batcher.admission.on_cpu(
-            lambda: read_asks(
-                items,
-                modality=modality,
-                max_inputs=self._config.max_inputs,
-                max_image_bytes=self._config.max_image_mib * MIB,
-                truncate=truncate,
-            )
-        )
 
 
 # ---------------------------------------------------------------------------------------------------- replies

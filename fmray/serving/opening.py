@@ -26,7 +26,9 @@ from fmray.serving.chat_engine import AnswerEngine
 from fmray.serving.chat_loop import ChatLoop
 from fmray.serving.clip_engine import ClipEngine, EmbeddingEngine
 from fmray.serving.engines import Kind
+from fmray.serving.index_store import checkpoint_hash
 from fmray.serving.metrics import Meters, Sink
+from fmray.serving.rate_limits import Ledger
 from fmray.serving.shelf import AnsweringModel, EmbeddingModel, ServedModel, Shelf
 from fmray.serving.zero_shot import LabelVectors
 
@@ -46,7 +48,7 @@ Engine = EmbeddingEngine | AnswerEngine
 class Endpoint:
     """An app and the models behind it, in this process or in a replica. Raises CheckpointError where a model cannot be served."""
 
-    def __init__(self, config: ServeConfig, also: Sink | None = None) -> None:
+    def __init__(self, config: ServeConfig, also: Sink | None = None, ledger: Ledger | None = None) -> None:
         torch.set_num_threads(config.runtime.threads or max(1, (os.cpu_count() or 1) // config.replicas))
         self.config = config.named(kind_of(config.checkpoint))
         self._meters = Meters(also)
@@ -58,7 +60,7 @@ class Endpoint:
             ],
             self._meters,
         )
-        self.app: FastAPI = build_app(self.shelf, self.config, self._meters)
+        self.app: FastAPI = build_app(self.shelf, self.config, self._meters, ledger)
 
     async def reconfigure(self, changes: Mapping[str, Any]) -> None:
         """Serve what the changed configuration says, without dropping a request: new models are loaded and warmed beside the old.
@@ -112,7 +114,8 @@ def served_model(
         loop = ChatLoop(name, engine, config.batch, meters)
         return AnsweringModel(name, location, engine, loop)
     batcher = Batcher(name, engine, config.batch, meters)
-    return EmbeddingModel(name, location, engine, batcher, LabelVectors(batcher.answer))
+    content = checkpoint_hash(location) if config.indexes else None
+    return EmbeddingModel(name, location, engine, batcher, LabelVectors(batcher.answer), content)
 
 
 def kind_of(location: str) -> Kind:

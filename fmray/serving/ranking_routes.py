@@ -11,11 +11,10 @@ import torch
 from fastapi import APIRouter, Request, Response
 from torch import Tensor
 
-from fmray.config.serving import ServeConfig
 from fmray.errors import RequestError
-from fmray.serving.asks import Ask, TextAsk, read_asks
+from fmray.serving.asks import Ask, TextAsk
 from fmray.serving.clip_engine import Embedding
-from fmray.serving.embedding_routes import MIB, usage_of
+from fmray.serving.embedding_routes import usage_of
 from fmray.serving.inbound import deadline_of, note_times
 from fmray.serving.ranking_schemas import (
     RankedDocument,
@@ -26,15 +25,16 @@ from fmray.serving.ranking_schemas import (
     ScoreReply,
     ScoreRequest,
 )
-from fmray.serving.schemas import JSON, Item
+from fmray.serving.reading import Reader
+from fmray.serving.schemas import JSON
 from fmray.serving.shelf import EmbeddingModel, Shelf
 
 
 class RankingRoutes:
     """Both routes, of every dual encoder on the shelf."""
 
-    def __init__(self, shelf: Shelf, config: ServeConfig) -> None:
-        self._shelf, self._config = shelf, config
+    def __init__(self, shelf: Shelf, reader: Reader, *, max_inputs: int) -> None:
+        self._shelf, self._reader, self._max_inputs = shelf, reader, max_inputs
 
     def add_to(self, router: APIRouter) -> None:
         """These routes."""
@@ -46,10 +46,9 @@ class RankingRoutes:
         model = self._shelf.embedding(body.model, "/v1/rerank")
         admission = model.batcher.admission
         with admission.visit():
-            asks = await admission.on_cpu(self._read, [body.query], "query", self._config.max_inputs)
-            asks += await admission.on_cpu(
-                self._read, body.documents, "documents", self._config.max_inputs - 1
-            )
+            asks = await self._reader.asks(request, admission, [body.query], field="query")
+            room = self._max_inputs - 1
+            asks += await self._reader.asks(request, admission, body.documents, field="documents", most=room)
             embedded = await self._embedded(model, asks, request)
             reply = await admission.on_cpu(_rerank_reply, body, asks, embedded)
         return Response(reply, media_type=JSON)
@@ -63,24 +62,15 @@ class RankingRoutes:
             raise RequestError(400, "invalid_value", message, "text_1")
         admission = model.batcher.admission
         with admission.visit():
-            asks = await admission.on_cpu(self._read, body.text_1, "text_1", self._config.max_inputs)
-            room = self._config.max_inputs - len(asks)
-            asks += await admission.on_cpu(self._read, body.text_2, "text_2", room)
+            asks = await self._reader.asks(request, admission, body.text_1, field="text_1")
+            room = self._max_inputs - len(asks)
+            asks += await self._reader.asks(request, admission, body.text_2, field="text_2", most=room)
             embedded = await self._embedded(model, asks, request)
         vectors_ND = _stacked(embedded)
         cosines_N = (vectors_ND[:first] * vectors_ND[first:]).sum(1)
         data = [Score(index=i, score=score) for i, score in enumerate(cosines_N.tolist())]
         reply = ScoreReply(data=data, model=body.model, usage=usage_of(asks, embedded))
         return Response(reply.model_dump_json(), media_type=JSON)
-
-    def _read(self, items: Sequence[Item], name: str, most: int) -> list[Ask]:
-        return read_asks(
-            items,
-            modality="auto",
-            max_inputs=most,
-            max_image_bytes=self._config.max_image_mib * MIB,
-            field=name,
-        )
 
     async def _embedded(
         self, model: EmbeddingModel, asks: Sequence[Ask], request: Request

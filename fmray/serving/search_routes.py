@@ -6,7 +6,7 @@ A request: the query becomes a vector where every text and image does, then the 
 from __future__ import annotations
 
 import base64
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +22,7 @@ from fmray.serving.index_store import PictureIndex
 from fmray.serving.rate_limits import charge
 from fmray.serving.schemas import JSON, ImagePart, ImageUrlPart, Item, TextPart, Usage
 from fmray.serving.search_schemas import IndexList, IndexObject, SearchHit, SearchReply, SearchRequest
-from fmray.serving.shelf import EmbeddingModel
+from fmray.serving.shelf import EmbeddingModel, Shelf
 
 Value = TypeVar("Value")
 
@@ -54,6 +54,26 @@ def query_encoder(model: EmbeddingModel) -> QueryEncoder:
         return list(answered.replies)
 
     return QueryEncoder(model.id, answer, model.batcher.admission.on_cpu)
+
+
+class ServedEncoders(Mapping[str, Value]):
+    """What there is to know of the shelf's dual encoders just now, by the content hashes of their checkpoints."""
+
+    def __init__(self, shelf: Shelf, of: Callable[[EmbeddingModel], Value]) -> None:
+        self._shelf, self._of = shelf, of
+
+    def _models(self) -> dict[str, EmbeddingModel]:
+        models = [model for model in self._shelf.models if isinstance(model, EmbeddingModel)]
+        return {model.content_hash: model for model in models if model.content_hash is not None}
+
+    def __getitem__(self, content_hash: str) -> Value:
+        return self._of(self._models()[content_hash])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models())
+
+    def __len__(self) -> int:
+        return len(self._models())
 
 
 class SearchRoutes:

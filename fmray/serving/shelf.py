@@ -32,6 +32,8 @@ class EmbeddingModel:
     engine: EmbeddingEngine
     batcher: Batcher[Ask, Embedding]
     labels: LabelVectors
+    content_hash: str | None = None
+    """What an index says of the model that made it; None where no index is served."""
     created: int = field(default_factory=lambda: int(time.time()))
     routes: tuple[str, ...] = EMBEDDING_ROUTES
 
