@@ -128,7 +128,8 @@ def mllm_output() -> AnswersConfig:
     first = mllm_stage1()
     return first.replace(
         run=RunConfig(name="mllm_output"),
-        data=DialogueDataConfig(source=RequestSource(words=4000), batch_size=64, questions_per_picture=1),
+        # both requests about a picture: they share its tokens, and their words differ little
+        data=DialogueDataConfig(source=RequestSource(words=4000), batch_size=32, questions_per_picture=2),
         model=MllmModelConfig(
             checkpoint=STAGE_1_RUN,
             lora=LoraConfig(rank=16),
@@ -139,7 +140,7 @@ def mllm_output() -> AnswersConfig:
         ),
         parts={"vision": PartConfig(train="none"), "output": PartConfig(lr=1e-3)},
         optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.0, warmup_steps=20),
-        train=TrainConfig(steps=150, log_every=10, checkpoint_every=75),
+        train=TrainConfig(steps=450, log_every=10, checkpoint_every=150),
         evaluate=AnswerEvaluateConfig(),
     )
 

@@ -40,6 +40,13 @@ TEMPLATES: dict[str, dict[Split, tuple[str, ...]]] = {
         "train": (
             *("draw this again", "show me another picture of this", "paint the same thing"),
             *("can you make an image like this one?", "do not name it, draw it"),
+            *(
+                "make a second picture of it",
+                "sketch this for me, a bit different",
+                "one more like that, please",
+            ),
+            *("I need a new image of this thing", "show this to me in a new style", "repeat it as a drawing"),
+            *("do not tell me its name, let me look at it again", "could I have a variant of the picture?"),
         ),
         "test": ("please draw the same once more", "I want to see another one of these"),
     },
@@ -47,6 +54,9 @@ TEMPLATES: dict[str, dict[Split, tuple[str, ...]]] = {
         "train": (
             *("what is this?", "what does the picture show?", "name this, do not draw it"),
             *("can you tell me what this image is?", "I would like to know what is drawn here"),
+            *("no drawing, only its name", "what would you call this?", "give it a name, sketch nothing"),
+            *("which thing is in the picture?", "without a new picture: what is that?", "put it into words"),
+            *("do not show me another one, name it", "please write down what the image shows"),
         ),
         "test": ("tell me what you see", "do not paint anything, say what this is"),
     },

@@ -18,6 +18,7 @@ Reporter = Callable[[int, Metrics], None]
 
 METRICS: dict[str, str] = {
     "train/loss": "Loss of the global batch.",
+    "train/reply_loss": "What of it answers of pictures added: cosine and contrast of the output side's projector.",
     "train/batch_accuracy": "Share of images whose nearest caption in the rank's batch is theirs, 0..1.",
     "train/accuracy": "Share of the batch's labels, or of its pairs of answers, judged as people did, 0..1.",
     "train/logit_scale": "Exponentiated temperature that scales the cosines.",

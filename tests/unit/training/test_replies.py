@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from fmray.config.answers import AnswersConfig
 from fmray.config.dialogues import RequestSource
 from fmray.config.loading import dump_json, validate
+from fmray.data.dialogue_loader import DialogueDataset, DialogueLoader
 from fmray.data.dialogues import open_dialogues
 from fmray.data.sources import open_source
 from fmray.data.transforms import decode_rgba
@@ -19,9 +21,11 @@ from fmray.models.answering import load_answering
 from fmray.models.mllm_answering import MllmAnswering
 from fmray.models.saved import load_dual_encoder
 from fmray.pipeline.answers_report import write_answers_report
+from fmray.runtime.metrics import METRICS
 from fmray.runtime.run_folder import RunFolder
-from fmray.training.answers import train_answers
+from fmray.training.answers import Watch, learn, make_learner, train_answers
 from fmray.training.replies import ReplyEmbeddings
+from fmray.training.unreadable import Unreadable
 from fmray.types import Metrics
 from tests.endpoint import save_tiny_checkpoint
 from tests.tiny_mllm import tiny_mllm
@@ -73,6 +77,25 @@ def test_targets_are_the_dual_encoders_own_embeddings(tmp_path: Path) -> None:
     # remembered to the bit, whatever stands beside it: equal captions are told by equal vectors
     assert torch.equal(targets([("blue bar", "train/1"), ("x", "")])[0], first[2])
     assert targets([]).shape == (0, 2, 8)
+
+
+def test_the_replies_share_of_the_loss_is_reported(tmp_path: Path) -> None:
+    config, where = configured(tmp_path), context()
+    source = open_dialogues(config.data.source, "train")
+    learner = make_learner(config, source, where)
+    dataset = DialogueDataset(source, config.data, learner.answering.image, 0, decode=False)
+    ((step, loaded),) = DialogueLoader(dataset, 0, 1).batches(0, 1)
+    batches = learner.batches(loaded, config, where)
+    learned = learn(learner, batches, config, where, step)
+    metrics = Watch(Unreadable(1.0)).metrics(learned, loaded, where)
+    with torch.no_grad():
+        parts = [learner.model(**b.inputs, loss_only=True).reply_loss.item() * b.tokens for b in batches]
+    assert metrics["train/reply_loss"] == pytest.approx(sum(parts) / learned.tokens, rel=1e-4)
+    assert 0 < metrics["train/reply_loss"] < metrics["train/loss"]
+    assert "train/reply_loss" not in Watch(Unreadable(1.0)).metrics(
+        replace(learned, replies=0.0), loaded, where
+    )
+    assert metrics.keys() <= METRICS.keys()
 
 
 def test_a_training_from_requests_to_a_page(tmp_path: Path) -> None:
