@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fmray.checks.findings import Report, closest, did_you_mean, joined, nearest, shown
+from fmray.checks.findings import Finding, Report, closest, did_you_mean, joined, nearest, shown
 from fmray.checks.marked import Entry, Node
 from fmray.checks.variables import strange_variable
 
@@ -101,12 +101,12 @@ class StrictSchema:
             ]
             _wrong_kind(node, [_types(choice)[0] for choice in wanted], " or ".join(names), path, report)
             return
-        trials = []
+        trials: list[list[Finding]] = []
         for choice in fitting:
             trial = report.scratch()
             self._walk(node, choice, path, above, trial)
             trials.append(trial.findings)
-        report.findings += min(trials, key=lambda findings: len(findings))
+        report.findings += min(trials, key=len)
 
     def _kind_fits(self, node: Node, schema: Schema, path: str, report: Report) -> bool:
         if _fits(node, schema):
