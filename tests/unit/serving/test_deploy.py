@@ -73,7 +73,9 @@ except MissingExtra as error:
 @pytest.mark.slow
 def test_more_than_the_cluster_has_is_said_at_once(ray_session: None, checkpoint: str) -> None:
     runtime = RuntimeConfig(kind="ray", cpus_per_worker=99)
-    with pytest.raises(ResourceError, match=r"replicas=1 need 99 CPU, but the cluster has \d"):
+    with pytest.raises(
+        ResourceError, match=r"the replicas of fmray-clip need 99 CPU, but the cluster has \d"
+    ):
         serve(ServeConfig(checkpoint=checkpoint, runtime=runtime, port=free_port()))
 
 

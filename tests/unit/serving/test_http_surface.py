@@ -176,7 +176,7 @@ def test_another_model_is_not_found(client: httpx.Client, route: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "not_found"),
+        ("GET", "/page/other.js", 404, "not_found"),
         ("GET", "/v1/models/", 404, "model_not_found"),
         ("GET", "/v1/nothing", 404, "not_found"),
         ("DELETE", "/v1/models/tiny", 405, "method_not_allowed"),

@@ -8,13 +8,14 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from fastapi import APIRouter
 from PIL import Image
 
 from fmray.config.serving import ServeConfig
@@ -22,7 +23,6 @@ from fmray.pipeline.index import build_index
 from fmray.serving.index_shelf import IndexShelf
 from fmray.serving.index_store import checkpoint_hash, open_index
 from fmray.serving.opening import Endpoint
-from fmray.serving.search_routes import QueryEncoder, SearchRoutes, query_encoder
 from tests.endpoint import data_url, picture, serving
 from tests.unit.serving.index_folders import index_config, write_pictures
 
@@ -40,27 +40,21 @@ def folders(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {name: str(place / name) for name in ("files", "captioned")}
 
 
-def routes(
-    checkpoint: str, indexes: dict[str, str]
-) -> tuple[Any, SearchRoutes, IndexShelf, dict[str, QueryEncoder]]:
-    """The whole endpoint of the tiny CLIP, with the search plugged in."""
-    config = ServeConfig(checkpoint=checkpoint, model_id="tiny", max_image_mib=1, max_image_megapixels=1.0)
-    endpoint = Endpoint(config)
-    model = endpoint.shelf.embedding("tiny", "/v1/search")
-    made_by = checkpoint_hash(checkpoint)
-    shelf = IndexShelf(indexes, served={made_by: model.capabilities.dim}, look_seconds=0.02)
-    encoders = {made_by: query_encoder(model)}
-    search = SearchRoutes(encoders, shelf, max_image_bytes=config.max_image_mib * 2**20)
-    router = APIRouter()
-    search.add_to(router)
-    endpoint.app.include_router(router)
-    return endpoint.app, search, shelf, encoders
+def endpoint_of(checkpoint: str, indexes: dict[str, str]) -> Endpoint:
+    """The whole endpoint of the tiny CLIP with its indexes."""
+    limits = {"max_image_mib": 1, "max_image_megapixels": 1.0}
+    return Endpoint(ServeConfig(checkpoint=checkpoint, model_id="tiny", indexes=indexes, **limits))
+
+
+@contextmanager
+def client_of(endpoint: Endpoint) -> Iterator[httpx.Client]:
+    with serving(endpoint.app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
 def client(checkpoint: str, folders: dict[str, str]) -> Iterator[httpx.Client]:
-    app, _, shelf, _ = routes(checkpoint, folders)
-    with shelf, serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with client_of(endpoint_of(checkpoint, folders)) as client:
         yield client
 
 
@@ -215,14 +209,14 @@ def test_what_cannot_be_answered(
 
 
 def test_one_index_need_not_be_named_and_none_is_said(checkpoint: str, folders: dict[str, str]) -> None:
-    app, _, shelf, encoders = routes(checkpoint, {"only": folders["files"]})
-    with shelf, serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+    endpoint = endpoint_of(checkpoint, {"only": folders["files"]})
+    with client_of(endpoint) as client:
         assert search(client, "red", None)["index"] == "only"
-        encoders.clear()  # the model was replaced by one of another checkpoint
+        model = endpoint.shelf.embedding("tiny", "/v1/search")
+        endpoint.shelf._models["tiny"] = replace(model, content_hash="another")  # as after a new checkpoint
         told = error(client, {"query": "red"}, 503)
         assert (told["code"], told["param"]) == ("index_outdated", "index")
-    app, _, shelf, _ = routes(checkpoint, {})
-    with shelf, serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with client_of(endpoint_of(checkpoint, {})) as client:
         assert error(client, {"query": "red"}, 404)["code"] == "index_not_found"
         assert client.get("/v1/indexes").json() == {"object": "list", "data": []}
 
@@ -233,8 +227,7 @@ def test_an_index_built_anew_is_searched_without_a_restart_or_an_error(
     root = write_pictures(tmp_path / "pictures")
     config = index_config(checkpoint, root, tmp_path / "index")
     build_index(config)
-    app, _, shelf, _ = routes(checkpoint, {"photos": str(tmp_path / "index")})
-    with shelf, serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with client_of(endpoint_of(checkpoint, {"photos": str(tmp_path / "index")})) as client:
         assert len(search(client, "red", None, top_k=100)["data"]) == 12
         (root / "red" / "new.png").write_bytes(picture("red", (40, 24)))
         build_index(config)
