@@ -117,7 +117,7 @@ def serve(arguments: Arguments) -> int:
     config = load_config(ServeConfig, SERVE_RECIPES, arguments, door="fmray serve")
     from fmray.serving.deploy import serve as run
 
-    run(config)
+    run(config, say)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,8 @@ BATCH = 32
 """Items of a batch where the configuration names none."""
 
 
-def serve(config: ServeConfig) -> None:
-    """Serve `config.checkpoint` until SIGTERM or SIGINT, then end cleanly.
+def serve(config: ServeConfig, announce: Callable[[str], None] = logger.info) -> None:
+    """Serve `config.checkpoint` until SIGTERM or SIGINT, then end cleanly; `announce` is told where, once it answers.
 
     May raise MissingExtra, CheckpointError or ResourceError (port in use, cluster too small) before that.
     """
@@ -37,9 +38,9 @@ def serve(config: ServeConfig) -> None:
     require_package("uvicorn", "serve", "serving")
     if config.runtime.kind == "ray":
         require_package("ray", "ray", "runtime.kind=ray")
-        _serve_on_ray(config)
+        _serve_on_ray(config, announce)
     else:
-        _serve_here(config)
+        _serve_here(config, announce)
 
 
 def app(args: dict[str, Any]) -> Any:
@@ -95,7 +96,7 @@ def _options(config: ServeConfig) -> dict[str, Any]:
     }
 
 
-def _serve_here(config: ServeConfig) -> None:
+def _serve_here(config: ServeConfig, announce: Callable[[str], None]) -> None:
     import uvicorn
 
     from fmray.serving.connections import uvicorn_settings
@@ -106,15 +107,14 @@ def _serve_here(config: ServeConfig) -> None:
         settings = uvicorn.Config(
             endpoint.app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS, **uvicorn_settings()
         )
-        served = ", ".join(endpoint.config.places)
-        logger.info("serving %s on http://%s:%d/v1", served, config.host, config.port)
+        announce(_where(endpoint.config))
         with (
             stop_on_sigterm()
         ):  # uvicorn raises the signal again once it has drained: our handler lets that pass
             uvicorn.Server(settings).run(sockets=[bound])
 
 
-def _serve_on_ray(config: ServeConfig) -> None:
+def _serve_on_ray(config: ServeConfig, announce: Callable[[str], None]) -> None:
     from fmray.runtime import ray_limits, ray_serve
     from fmray.runtime.ray_cluster import connected
     from fmray.serving.opening import kind_of
@@ -136,11 +136,17 @@ def _serve_on_ray(config: ServeConfig) -> None:
             wanted=_wanted(config),
         )
         try:
-            logger.info("serving %s on http://%s:%d/v1 (Ray)", name, config.host, config.port)
+            announce(_where(config))
             ray_serve.wait_while_running(name, stop_asked)
         finally:
             ray_serve.stop_app(name)
             ray_limits.end(name)
+
+
+def _where(config: ServeConfig) -> str:
+    address = f"http://{config.host}:{config.port}"
+    page = f"; a page to try it: {address}/" if config.page else ""
+    return f"serving {', '.join(config.places)} on {address}/v1{page}"
 
 
 def _wanted(config: ServeConfig) -> dict[str, float]:
