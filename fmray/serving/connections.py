@@ -75,10 +75,7 @@ def _bounded_httptools() -> type[Any]:
     class BoundedHttpTools(HttpToolsProtocol):  # type: ignore[misc]
         """Counts what arrives between a request's first byte and its last header."""
 
-        _head = 0
-        """Bytes of the head so far; beyond `MOST_HEAD` no more are read."""
-        _in_head = True
-        _left_over = 0
+        _in_head, _head, _seen, _left_over = True, 0, 0, 0
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
