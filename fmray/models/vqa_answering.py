@@ -160,7 +160,8 @@ class VqaAnswering:
         if missing:
             ids = [self._ids_of(question) for question in missing]
             device = self.model.device
-            with torch.no_grad(), resting(self.model):
+            # plain tensors whoever asks first: training may read what an endpoint kept
+            with torch.inference_mode(False), torch.no_grad(), resting(self.model):
                 made_QSF = self.model.question_tokens(
                     _padded(ids, self._question_pad).to(device),
                     _padded([[1] * len(tokens) for tokens in ids], 0).to(device),

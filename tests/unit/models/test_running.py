@@ -69,7 +69,8 @@ def asked(kind: str, number: int, options: AnswerOptions, key: object = None) ->
 
 def answered(running: Running, some: Sequence[Asked]) -> dict[Any, list[Token]]:
     """All tokens of some answers, that join as soon as there is room."""
-    waiting, told = list(some), {each.key: [] for each in some}  # type: dict[Any, list[Token]]
+    waiting = list(some)
+    told: dict[Any, list[Token]] = {each.key: [] for each in some}
     while waiting or running.rows:
         joining, waiting = waiting[: running.room], waiting[running.room :]
         for token in [*running.join(joining), *running.step()]:
@@ -93,7 +94,9 @@ def test_an_answer_is_the_same_whoever_joins_and_leaves_beside_it(kind: str, dat
     running = answering.running(data.draw(st.integers(1, 5)))
     waiting = data.draw(st.permutations(range(len(dialogues))))
     longest = {number: data.draw(st.integers(1, MOST)) for number in waiting}
-    texts, ended, running_now = dict.fromkeys(waiting, ""), dict[int, Token](), set[int]()
+    texts: dict[Any, str] = dict.fromkeys(waiting, "")
+    ended: dict[Any, Token] = {}
+    running_now: set[Any] = set()
     while waiting or running.rows:
         count = data.draw(st.integers(0 if running.rows else 1, running.room)) if running.room else 0
         joining, waiting = waiting[:count], waiting[count:]
@@ -148,7 +151,7 @@ def whole_pass(answering: Any, dialogue: Dialogue, pictures: Pictures, said: Seq
         if model.config.fusion == "cross_attention":
             columns, order = torch.arange(inputs["input_ids"].shape[1]), torch.arange(len(keys))[None]
             inputs |= {"memory_pictures": order, "memory_group": order * 0, "memory_place": order}
-            inputs["seen"] = sum((columns >= start).long() for start in starts)[None]  # type: ignore[union-attr]
+            inputs["seen"] = torch.stack([columns >= start for start in starts]).sum(dim=0)[None]
     return model(**inputs).logits[0, len(prompt) - 1 :].log_softmax(-1)  # type: ignore[no-any-return]
 
 
@@ -377,3 +380,16 @@ def test_a_picture_passes_the_tower_once(kind: str) -> None:
 def test_a_models_running_is_that_of_the_protocol() -> None:
     made: list[Answering] = [world("vqa")[0], world("llama")[0]]
     assert all(isinstance(answering.running(2), Running) for answering in made)
+
+
+def test_questions_that_an_endpoint_remembered_can_be_learned_from() -> None:
+    answering = tiny_vqa.tiny_vqa(2)
+    answering.model.text.requires_grad_(False)
+    answering.hold_locked_parts()
+    dialogues, pictures = tiny_vqa.dialogues(4), tiny_vqa.pictures()
+    expected = [answering.answer([dialogue], pictures)[0] for dialogue in dialogues]
+    answering._question_states.clear()
+    running = answering.running(4)
+    told = answered(running, [Asked(n, d, pictures, AnswerOptions(5)) for n, d in enumerate(dialogues)])
+    assert [tokens[-1].said for tokens in told.values()] == expected
+    answering.model(**answering.collate(dialogues, pictures).inputs).loss.backward()
