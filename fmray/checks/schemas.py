@@ -106,7 +106,8 @@ class StrictSchema:
             trial = report.scratch()
             self._walk(node, choice, path, above, trial)
             trials.append(trial.findings)
-        report.findings += min(trials, key=len)
+        fewest: list[Finding] = min(trials, key=len)
+        report.findings += fewest
 
     def _kind_fits(self, node: Node, schema: Schema, path: str, report: Report) -> bool:
         if _fits(node, schema):
