@@ -20,6 +20,10 @@ What = Literal["requests", "inputs"]
 class Ledger(Protocol):
     """Who counts: this process (`LocalLedger`), or an actor for all replicas (`fmray.runtime.ray_limits.RayLedger`)."""
 
+    async def start(self) -> None:
+        """Before the first request, so that it does not wait for what counts."""
+        ...
+
     async def take(self, name: str, limit: int, need: int) -> Grant:
         """`need` admissions of `name`, all or none, of `limit` in any 60 seconds."""
         ...
@@ -30,6 +34,9 @@ class LocalLedger:
 
     def __init__(self) -> None:
         self._windows = Windows()
+
+    async def start(self) -> None:
+        """Nothing to wait for."""
 
     async def take(self, name: str, limit: int, need: int) -> Grant:
         return self._windows.take(name, limit, need, need, time.monotonic())
