@@ -49,13 +49,17 @@ def build_app(shelf: Shelf, config: ServeConfig, meters: Meters, ledger: Ledger 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         indexes.start()
+        await limits.ledger.start()
         yield
         indexes.close()
         shelf.close()
         fetcher.close()
 
     app = FastAPI(title="fmray", version=fmray.__version__, redirect_slashes=False, lifespan=lifespan)
-    app.add_middleware(Border, **_border(config, meters, ledger))
+    limits = RateLimits(
+        ledger, requests=config.access.requests_per_minute, inputs=config.access.inputs_per_minute
+    )
+    app.add_middleware(Border, limits=limits, **_border(config, meters))
     install_error_answers(app)
     router = APIRouter(responses=ERRORS)
     for routes in (
@@ -73,7 +77,7 @@ def build_app(shelf: Shelf, config: ServeConfig, meters: Meters, ledger: Ledger 
     return app
 
 
-def _border(config: ServeConfig, meters: Meters, ledger: Ledger | None) -> dict[str, Any]:
+def _border(config: ServeConfig, meters: Meters) -> dict[str, Any]:
     """The border's settings: who may ask, how much, by when, and what is noted of it."""
     access = config.access
 
@@ -86,7 +90,6 @@ def _border(config: ServeConfig, meters: Meters, ledger: Ledger | None) -> dict[
     return {
         "max_body": config.max_body_mib * MIB,
         "access": Access(access.key_file) if access.key_file is not None else None,
-        "limits": RateLimits(ledger, requests=access.requests_per_minute, inputs=access.inputs_per_minute),
         "deadline_seconds": config.batch.deadline_seconds,
         "body_seconds": access.body_seconds,
         "address_header": access.address_header,
