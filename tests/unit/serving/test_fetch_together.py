@@ -52,6 +52,11 @@ def test_the_first_failure_ends_the_others() -> None:
     assert host.left_early >= 1
 
 
+def test_an_address_that_fails_under_two_names_is_called_by_the_first() -> None:
+    error, _ = run({"/bad": reply(b"", "404 -")}, {"a": "{}/bad", "b": "{}/bad"})
+    assert (error.param, error.message) == ("a", "a: the host answered 404 instead of 200")
+
+
 def test_of_several_refusals_the_first_item_is_named() -> None:
     urls = {"input[1]": "file:///a", "input[0]": "ftp://b", "input[2]": "http://user@c/"}
     for _ in range(5):

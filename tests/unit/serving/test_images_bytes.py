@@ -128,6 +128,11 @@ READ: dict[str, tuple[bytes, list[list[int]], int]] = {
     "a page behind the png": (PNG + b"<script>alert(1)</script>", KNOWN, 0),
     "an archive behind the jpeg": (JPEG + b"PK\x03\x04" + bytes(99) + b"\xff\xda" * 99, KNOWN, 4),
     "a script behind the gif": (encoded(known(), "GIF") + b"=1;alert(1)", KNOWN, 0),
+    "a comment that reads like scans": (
+        JPEG[:2] + b"\xff\xfe\1\2" + b"\xff\xda" * 128 + JPEG[2:],
+        KNOWN,
+        4,
+    ),
     "unknown chunks": (with_chunk(PNG, chunk(b"prVt", b"?" * 99)), KNOWN, 0),
     "a profile that is none": (with_chunk(PNG, chunk(b"iCCP", b"x\0\0" + zeros(99))), KNOWN, 0),
     "one pixel": (encoded(Image.new("RGB", (1, 1), CORNERS[0])), KNOWN[:1] * 4, 0),
@@ -190,6 +195,28 @@ BROKEN_EXIF = {
 def test_broken_exif_turns_nothing(case: str) -> None:
     data = encoded(known(), "JPEG", exif=BROKEN_EXIF[case], quality=95, subsampling=0)
     np.testing.assert_allclose(corners(decoded(data)), KNOWN, atol=4)
+
+
+EXIF_OF_PNG = {
+    "not TIFF": chunk(b"eXIf", b"what is this"),
+    "nothing": chunk(b"eXIf", b""),
+    "a directory nowhere": chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"),
+    "hexadecimal text that is none": chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 4\nzz"),
+    "a word in XMP": chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="six"/>'),
+    "orientation 9 in XMP": chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="9"/>'),
+}
+
+
+@pytest.mark.parametrize("case", EXIF_OF_PNG)
+def test_broken_exif_of_a_png_turns_nothing(case: str) -> None:
+    assert corners(decoded(with_chunk(PNG, EXIF_OF_PNG[case]))) == KNOWN
+
+
+def test_sixteen_bits_become_the_nearest_eight() -> None:
+    """Every one of the 65,536 values: v / 257 rounded."""
+    values_HW = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    pixels_CHW = decoded(encoded(Image.fromarray(values_HW)), ImageConfig(size=256))
+    np.testing.assert_array_equal(pixels_CHW[1].numpy(), np.round(values_HW / 257))
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
