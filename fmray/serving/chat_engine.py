@@ -45,6 +45,8 @@ class AnswerEngine:
     """Answers that are said at the same time."""
 
     def __init__(self, answering: Answering, kind: Literal["vqa", "mllm"], *, max_pixels: int) -> None:
+        answering.model.requires_grad_(False)
+        answering.hold_locked_parts()  # nothing learns here: a question that comes again costs no tower
         self._answering = answering
         self._max_pixels = max_pixels
         self._limits = answering.limits

@@ -25,6 +25,8 @@ from fmray.serving.metrics import Meters
 
 logger = logging.getLogger(__name__)
 
+JOIN_AT_ONCE = 8
+"""Conversations that are read together: while they are, nobody else gets a token."""
 FAILED = "the model could not answer this conversation"
 
 
@@ -131,7 +133,8 @@ class ChatLoop:
 
     def _next(self) -> list[_Listener]:
         """Those who wait, first come first, as many as there is room for."""
-        room = self._running.max_rows - len([each for each in self._talking.values() if not each.left])
+        staying = sum(not each.left for each in self._talking.values())
+        room = min(JOIN_AT_ONCE, self._running.max_rows - staying)
         joining: list[_Listener] = []
         while self._waiting and len(joining) < room:
             listener = self._waiting.popleft()
