@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Literal
@@ -12,8 +12,6 @@ from urllib.parse import quote, urljoin, urlsplit
 import idna
 
 from fmray.errors import ConfigError, RequestError
-from fmray.serving.chat_schemas import Message
-from fmray.serving.schemas import ImagePart, ImageUrlPart, Item
 
 LONGEST_ADDRESS = 8192
 """Characters; signed addresses of object stores have about 2,000."""
@@ -24,8 +22,6 @@ _UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _VISIBLE = "".join(map(chr, range(0x21, 0x7F)))
-
-_WEB = re.compile(r"https?:", re.IGNORECASE)
 
 IPAddress = IPv4Address | IPv6Address
 
@@ -200,40 +196,3 @@ def _read_entry(entry: str) -> _Listed:
         cure = "write a host as images.example.org, *.example.org or images.example.org:8443"
         raise ConfigError("fetch.hosts", entry, cure)
     return _Listed(host, below, frozenset([int(port)] if colon else PORTS.values()))
-
-
-# ---------------------------------------------------------------------------------------------- within a request
-
-
-def is_web_address(url: str) -> bool:
-    """Whether a picture's URL is http(s), to be fetched before it can be read."""
-    return _WEB.match(url) is not None
-
-
-def addresses_of_items(items: Sequence[Item], modality: Literal["auto", "text", "image"]) -> dict[str, str]:
-    """The web addresses among `input`, by the names that errors call them: `{"input[3]": "https://…"}`.
-
-    A bare string is one only where all items are pictures: else it may be a sentence about an address.
-    """
-    found = {}
-    for position, item in enumerate(items):
-        url = ""
-        if isinstance(item, ImageUrlPart):
-            url = item.image_url.url
-        elif isinstance(item, ImagePart):
-            url = item.image
-        elif isinstance(item, str) and modality == "image":
-            url = item
-        if is_web_address(url):
-            found[f"input[{position}]"] = url
-    return found
-
-
-def addresses_of_messages(messages: Sequence[Message]) -> dict[str, str]:
-    """The web addresses of a conversation's pictures: `{"messages[2].content[1]": "https://…"}`."""
-    return {
-        f"messages[{place}].content[{position}]": part.image_url.url
-        for place, message in enumerate(messages)
-        for position, part in enumerate(message.content)
-        if isinstance(part, ImageUrlPart) and is_web_address(part.image_url.url)
-    }

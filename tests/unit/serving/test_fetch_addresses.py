@@ -12,18 +12,13 @@ from pydantic import ValidationError
 
 from fmray.config.serving import FetchConfig
 from fmray.errors import ConfigError, RequestError
-from fmray.serving.chat_schemas import Message
 from fmray.serving.fetch_addresses import (
     HostList,
     WebAddress,
-    addresses_of_items,
-    addresses_of_messages,
     is_public,
-    is_web_address,
     normal_host,
     read_address,
 )
-from fmray.serving.schemas import ImagePart, ImageUrlPart, TextPart
 
 PUBLIC = [
     "8.8.8.8",
@@ -278,34 +273,3 @@ def test_entries_that_are_no_hosts(entry: str) -> None:
 def test_entries_that_only_the_fetcher_can_judge(entry: str) -> None:
     with pytest.raises(ConfigError, match=r"fetch\.hosts="):
         HostList(FetchConfig(hosts=(entry,)).hosts)
-
-
-# --------------------------------------------------------------------------------------------------------- requests
-
-
-def test_what_is_a_web_address() -> None:
-    spelled = ["HTTP://a", "https://a", "http:a", "httpx://a", "ftp://a", "data:image/png;base64,", "http"]
-    assert [is_web_address(text) for text in spelled] == [True] * 3 + [False] * 4
-
-
-def test_which_parts_of_a_request_are_addresses() -> None:
-    items = [
-        "https://a.b/sentence",
-        ImageUrlPart.model_validate({"image_url": "https://a.b/1"}),
-        ImagePart(image="HTTP://a.b/2"),
-        TextPart(text="https://a.b/text"),
-        ImagePart(image="data:image/png;base64,"),
-        ImagePart(image="file:///etc/passwd"),
-    ]
-    found = {"input[1]": "https://a.b/1", "input[2]": "HTTP://a.b/2"}
-    assert addresses_of_items(items, "auto") == found
-    assert addresses_of_items(items, "image") == {"input[0]": "https://a.b/sentence", **found}
-    parts = [
-        {"type": "text", "text": "https://a.b"},
-        {"type": "image_url", "image_url": {"url": "https://a.b/3"}},
-    ]
-    messages = [
-        Message(role="system", content="x"),
-        Message.model_validate({"role": "user", "content": parts}),
-    ]
-    assert addresses_of_messages(messages) == {"messages[1].content[1]": "https://a.b/3"}
