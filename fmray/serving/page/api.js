@@ -14,7 +14,8 @@ export class Failure extends Error {
 
   get sentence() {
     const text = this.message.trim();
-    const whole = `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+    const begun = text.replace(/^[a-z](?=[a-z]* )/, (letter) => letter.toUpperCase()); // not where it names a parameter
+    const whole = `${begun}${/[.!?]$/.test(begun) ? "" : "."}`;
     return this.requestId ? `${whole} (Request ${this.requestId})` : whole;
   }
 }

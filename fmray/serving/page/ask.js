@@ -81,6 +81,7 @@ export class AskPanel extends Panel {
     asked.append(element("p", { textContent: question }));
     const said = new Said(this.page);
     this.talk.append(asked, said.root);
+    said.root.scrollIntoView({ block: "nearest" });
     at("question").value = "";
     try {
       const response = await request(model.url(route), { body: withPictures(body, (each) => each.data), signal, waiting });
@@ -135,12 +136,13 @@ class Said {
     if (chunk.usage) this.usage = chunk.usage;
     const [choice] = chunk.choices;
     if (!choice) return;
+    const inView = this.root.getBoundingClientRect().bottom <= innerHeight;
     this.text += choice.delta.content ?? "";
     this.words.textContent = this.text;
+    if (inView) this.root.scrollIntoView({ block: "nearest" }); // it is followed, unless its reader has scrolled away
     this.cut ||= choice.finish_reason === "length";
     const ended = this.text.slice(this.told).match(/^[\s\S]*[.!?](?=\s)/);
     if (ended) this.#tell(ended[0]);
-    if (this.root.getBoundingClientRect().bottom > innerHeight) this.root.scrollIntoView({ block: "end" });
   }
 
   end(how = "") {

@@ -55,9 +55,9 @@ async function modelsAt(home) {
   return data.map(({ id, fmray }) => new Model(id, fmray, home));
 }
 
-/** What can be searched: the indexes of every address where a model says so. */
+/** What can be searched: the indexes of every address that has a model for them. */
 async function indexesOf(models) {
-  const bases = new Map(models.filter((model) => model.serves("search")).map((model) => [model.base, model]));
+  const bases = new Map(models.filter((model) => model.kind === "clip").map((model) => [model.base, model]));
   const lists = await Promise.all([...bases].map(async ([base, model]) => {
     const { data } = await json(`${base}indexes`);
     return data.map(({ id, count }) => Object.assign(Object.create(model), { index: id, label: `${id} (${count.toLocaleString()} pictures)` }));
@@ -66,7 +66,8 @@ async function indexesOf(models) {
 }
 
 async function load(bases) {
-  const homes = [...new Set(bases.map((base) => new URL(base.endsWith("/") ? base : `${base}/`, document.baseURI).href))];
+  const folders = bases.map((base) => (base && !base.endsWith("/") ? `${base}/` : base || "./")); // "": this endpoint
+  const homes = [...new Set(folders.map((folder) => new URL(folder, document.baseURI).href))];
   const answers = await Promise.allSettled(homes.map(modelsAt));
   const failed = answers.filter((answer) => answer.status === "rejected").map((answer) => answer.reason);
   const refused = failed.find((error) => error.status === 401);

@@ -11,6 +11,8 @@ export function element(tag, properties = {}, ...children) {
 
 /** A panel of the page. A subclass has `models`, `async work({ signal, waiting, how })` and `current()`: route and body. */
 export class Panel {
+  choice = "Model";
+
   constructor(root, page) {
     this.root = root;
     this.page = page;
@@ -44,9 +46,9 @@ export class Panel {
       this.select = element("select", { id: `${this.root.id}-model` });
       this.select.append(...models.map((model, i) => element("option", { value: i, textContent: model.label })));
       this.select.addEventListener("change", () => this.changedModel());
-      place.replaceChildren(element("label", { htmlFor: this.select.id, textContent: "Model" }), this.select);
+      place.replaceChildren(element("label", { htmlFor: this.select.id, textContent: this.choice }), this.select);
     } else {
-      place.replaceChildren(models.length ? `Model ${models[0].label}` : "");
+      place.replaceChildren(models.length ? `${this.choice} ${models[0].label}` : "");
     }
     this.changedModel();
   }

@@ -7,6 +7,7 @@ import { Panel, element } from "./panel.js";
 const at = (id) => document.getElementById(id);
 
 export class SearchPanel extends Panel {
+  choice = "Index";
   how = "text";
 
   refresh() {

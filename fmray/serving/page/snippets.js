@@ -3,12 +3,13 @@
 import { Picture } from "./pictures.js";
 
 const CHAT = "chat/completions";
+const ONE_LINE = 76;
 
 /** `base`: where the API begins (`https://host/clip/v1/`); pictures are read from files of their names. */
 export function curl(base, route, body, keyed) {
   const files = [];
-  const held = JSON.stringify(withPictures(body, (picture) => `\u0000${files.push(picture.name) - 1}\u0000`), null, 2);
-  const text = held
+  const held = withPictures(body, (picture) => `\u0000${files.push(picture.name) - 1}\u0000`);
+  const text = literal(held, JSON_WORDS, "  ", 0)
     .replace(/[\\$`]/g, "\\$&")
     .replace(/\\\\u0000(\d+)\\\\u0000/g, (_, place) => `data:${mime(files[place])};base64,$(base64 < ${quoted(files[place])} | tr -d '\\n')`);
   return [
@@ -36,11 +37,11 @@ export function python(base, route, body, keyed) {
   if (pictures) lines.push(...READ_PICTURE);
   if (chat) {
     lines.push(`client = OpenAI(base_url=${JSON.stringify(base)}, api_key=${key})`, "answer = client.chat.completions.create(");
-    for (const [name, value] of Object.entries(spelled)) lines.push(`    ${name}=${literal(value, 1)},`);
+    for (const [name, value] of Object.entries(spelled)) lines.push(`    ${name}=${literal(value, PYTHON_WORDS, "    ", 1)},`);
     lines.push(")", "for chunk in answer:", "    if chunk.choices:");
     lines.push('        print(chunk.choices[0].delta.content or "", end="", flush=True)');
   } else {
-    lines.push("reply = httpx.post(", `    ${JSON.stringify(base + route)},`, `    json=${literal(spelled, 1)},`);
+    lines.push("reply = httpx.post(", `    ${JSON.stringify(base + route)},`, `    json=${literal(spelled, PYTHON_WORDS, "    ", 1)},`);
     if (keyed) lines.push(`    headers={"Authorization": f"Bearer {${key.replaceAll('"', "'")}}"},`);
     lines.push("    timeout=60,", ")", "print(reply.raise_for_status().json())");
   }
@@ -71,21 +72,23 @@ export function withPictures(value, spell) {
   return Object.fromEntries(Object.entries(value).map(([name, each]) => [name, withPictures(each, spell)]));
 }
 
-/** A value as Python writes it. */
-function literal(value, depth) {
+const JSON_WORDS = { true: "true", false: "false", null: "null" };
+const PYTHON_WORDS = { true: "True", false: "False", null: "None" };
+
+/** A value as JSON or Python writes it, short lists and objects on one line. */
+function literal(value, words, indent, depth) {
   if (value instanceof Code) return value.text;
-  if (value === null) return "None";
-  if (typeof value === "boolean") return value ? "True" : "False";
+  if (value === null || typeof value === "boolean") return words[value];
   if (typeof value !== "object") return JSON.stringify(value);
-  const isList = Array.isArray(value);
-  const [open, close] = isList ? "[]" : "{}";
-  const entries = isList
-    ? value.map((each) => literal(each, depth + 1))
-    : Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${literal(each, depth + 1)}`);
+  const [open, close] = Array.isArray(value) ? "[]" : "{}";
+  const inner = (each) => literal(each, words, indent, depth + 1);
+  const entries = Array.isArray(value)
+    ? value.map(inner)
+    : Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${inner(each)}`);
   const flat = `${open}${entries.join(", ")}${close}`;
-  if (flat.length <= 70 && !flat.includes("\n")) return flat;
-  const indent = "    ".repeat(depth);
-  return `${open}\n${entries.map((entry) => `${indent}    ${entry},\n`).join("")}${indent}${close}`;
+  if (flat.length <= ONE_LINE && !flat.includes("\n")) return flat;
+  const [outside, inside] = [indent.repeat(depth), indent.repeat(depth + 1)];
+  return `${open}\n${inside}${entries.join(`,\n${inside}`)}\n${outside}${close}`;
 }
 
 function quoted(text) {
