@@ -64,9 +64,10 @@ class OutputSide(nn.Module):
         return torch.where(place_RL.unsqueeze(-1) >= 0, own_RLF, words_RLF)
 
     def decided(self, logits_NV: Tensor, states_NF: Tensor) -> Tensor:
-        """The vocabulary's logits with the decision's own in its column, in place; states: the last layer's, [..., F]."""
-        logits_NV[..., self.ids[0]] = self.decision(states_NF).squeeze(-1).to(logits_NV.dtype)
-        return logits_NV
+        """The vocabulary's logits with the decision's own in its column; states: the last layer's, [..., F]."""
+        column = torch.tensor([self.ids[0]], device=logits_NV.device)
+        # not in place: ZeRO-3 hands modules' outputs through functions of its own, whose results must not be written to
+        return logits_NV.index_copy(-1, column, self.decision(states_NF).to(logits_NV.dtype))
 
     @property
     def deep(self) -> bool:

@@ -130,6 +130,35 @@ def test_the_decision_has_an_output_row_of_its_own_everywhere(
     assert torch.allclose(again, first, atol=1e-4)
 
 
+class HandedOn(torch.autograd.Function):
+    """What DeepSpeed does to a module's output under ZeRO-3, to hear of its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def test_the_decision_learns_behind_hooks_as_without(tmp_path: Path) -> None:
+    grads = []
+    for hooked in (False, True):
+        answering = decisive(drawing(tmp_path))
+        answering.reply_targets = Targets()
+        model = answering.model
+        if hooked:
+            for module in (model.get_output_embeddings(), model.output.decision):
+                module.register_forward_hook(lambda _, __, output: HandedOn.apply(output))
+        batch = answering.collate([request("a cat"), request("a dog", words="no")], NOTHING)
+        model(**batch.inputs, loss_only=True).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert grads[0]["output.decision.weight"].abs().sum() > 0
+
+
 def test_greedy_beams_and_likelihood_know_the_decision(tmp_path: Path) -> None:
     answering = decisive(drawing(tmp_path))
     decision, asked = answering.model.output.decision, [request("a cat"), request("it")]
