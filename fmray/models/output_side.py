@@ -66,7 +66,7 @@ class OutputSide(nn.Module):
     def decided(self, logits_NV: Tensor, states_NF: Tensor) -> Tensor:
         """The vocabulary's logits with the decision's own in its column; states: the last layer's, [..., F]."""
         column = torch.tensor([self.ids[0]], device=logits_NV.device)
-        # not in place: ZeRO-3 hands modules' outputs through functions of its own, whose results must not be written to
+        # a copy: what a module handed on belongs to its hooks too (ZeRO-3's)
         return logits_NV.index_copy(-1, column, self.decision(states_NF).to(logits_NV.dtype))
 
     @property
