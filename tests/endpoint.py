@@ -29,6 +29,7 @@ from fmray.runtime.ports import free_port
 from fmray.serving.app import build_app
 from fmray.serving.batcher import Batcher
 from fmray.serving.chat_loop import ChatLoop
+from fmray.serving.connections import uvicorn_settings
 from fmray.serving.metrics import Meters
 from fmray.serving.shelf import AnsweringModel, EmbeddingModel, Shelf
 from fmray.serving.zero_shot import LabelVectors
@@ -57,6 +58,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_tiny_checkpoint(folder: Path, **options: object) -> str:
     model = tiny_model(**options).eval()
+    save_dual_encoder(model, tiny_tokenizer(), folder)
+    return str(folder)
+
+
+def another_checkpoint(folder: Path) -> str:
+    """One of the same shape that says other things."""
+    model = tiny_model().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "projection" in name:
+                weight.copy_(weight.flip(0))
     save_dual_encoder(model, tiny_tokenizer(), folder)
     return str(folder)
 
@@ -98,7 +110,7 @@ def serving(app: FastAPI) -> Iterator[str]:
     """The app behind a real uvicorn in a thread; yields its address."""
     torch.set_num_threads(1)
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", **uvicorn_settings()))
     thread = threading.Thread(target=server.run)
     thread.start()
     deadline = time.monotonic() + 20

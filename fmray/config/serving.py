@@ -113,6 +113,10 @@ class ServeConfig(Section):
     """Name under which clients ask for the model; None: by its kind fmray-clip, fmray-vqa or fmray-mllm."""
     more: dict[str, str] = Field(default={})
     """Further models of the same process: the names under which clients ask for them, and their folders."""
+    library: str | None = None
+    """A folder of models, each loaded when somebody first asks for its subfolder's name."""
+    library_models: Annotated[int, Field(ge=1)] = 2
+    """How many of them are in memory at the same time; the least recently used leaves."""
     indexes: dict[str, str] = Field(default={})
     """Indexes of pictures that `/v1/search` reads: their names and folders (`fmray index`)."""
     host: str = "127.0.0.1"

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
@@ -94,11 +95,13 @@ class ChatRoutes:
 
     def add_to(self, router: APIRouter) -> None:
         """This route."""
-        router.post("/v1/chat/completions", response_model=ChatReply)(self.completions)
+        events = {EVENTS: {"schema": {"type": "string", "description": "`ChatChunk` objects, a token each"}}}
+        told: dict[int | str, dict[str, Any]] = {200: {"content": events}}
+        router.post("/v1/chat/completions", response_model=ChatReply, responses=told)(self.completions)
 
     async def completions(self, body: ChatRequest, request: Request) -> Response:
         """What the model says to the last message: one answer, whole, or token by token with `stream`."""
-        model = self._shelf.answering(body.model, "/v1/chat/completions")
+        model = await self._shelf.answering(body.model, "/v1/chat/completions")
         check_options(body)
         ask = await self._ask(model, body, request)
         if body.stream:

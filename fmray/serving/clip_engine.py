@@ -17,7 +17,7 @@ from fmray.errors import CheckpointError, RequestError
 from fmray.models.saved import LoadedDualEncoder
 from fmray.serving.asks import Ask, ImageAsk, TextAsk
 from fmray.serving.engines import BatchEngine, Capabilities, Prepared
-from fmray.serving.images import pixels_of
+from fmray.serving.images import pixels_of_one
 
 NOT_FINITE = "the model's answer to this item is not a number: its weights or its arithmetic are damaged"
 
@@ -124,9 +124,8 @@ class ClipEngine:
     def prepare(self, ask: Ask) -> Prepared[ClipItem]:
         """A picture to a uint8 square, a text to ids; raises RequestError(400) that names the ask."""
         if isinstance(ask, ImageAsk):
-            pixels = pixels_of([(ask.image, ask.name)], self._loaded.image, max_pixels=self._max_pixels)
-            assert pixels is not None
-            return Prepared(pixels[0], "image", pixels.numel())
+            pixels = pixels_of_one(ask.image, ask.name, self._loaded.image, max_pixels=self._max_pixels)
+            return Prepared(pixels, "image", pixels.numel())
         encoding = self._tokenizer.encode(ask.text)
         truncated = bool(encoding.overflowing)
         if truncated and not ask.truncate:

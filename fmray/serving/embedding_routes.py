@@ -16,10 +16,7 @@ from torch.nn import functional as F
 from fmray.errors import RequestError
 from fmray.serving.asks import Ask, ImageAsk
 from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities
-from fmray.serving.inbound import deadline_of, note_times
-from fmray.serving.reading import Reader
-from fmray.serving.schemas import (
-    JSON,
+from fmray.serving.embedding_schemas import (
     Classification,
     ClassifyReply,
     ClassifyRequest,
@@ -27,8 +24,10 @@ from fmray.serving.schemas import (
     EmbeddingsReply,
     EmbeddingsRequest,
     LabelScore,
-    Usage,
 )
+from fmray.serving.inbound import deadline_of, note_times
+from fmray.serving.reading import Reader
+from fmray.serving.schemas import JSON, Item, Usage
 from fmray.serving.shelf import Shelf
 from fmray.serving.zero_shot import NEUTRAL, check_labels, probabilities
 
@@ -48,7 +47,8 @@ class EmbeddingRoutes:
 
     async def embeddings(self, body: EmbeddingsRequest, request: Request) -> Response:
         """Texts and images to vectors of the model's shared space, in the order of `input`."""
-        model = self._shelf.embedding(body.model, "/v1/embeddings")
+        model = await self._shelf.embedding(body.model, "/v1/embeddings")
+        items, field = _items(body)
         width = model.capabilities.dim
         if body.dimensions is not None and body.dimensions > width:
             message = f"dimensions: this model has {width}, ask for 1 to {width}"
@@ -56,7 +56,12 @@ class EmbeddingRoutes:
         on_cpu = model.batcher.admission.on_cpu
         with model.batcher.admission.visit():
             asks = await self._reader.asks(
-                request, model.batcher.admission, body.input, modality=body.modality, truncate=body.truncate
+                request,
+                model.batcher.admission,
+                items,
+                field=field,
+                modality=body.modality,
+                truncate=body.truncate,
             )
             answered = await model.batcher.answer(asks, deadline_of(request))
             note_times(request, answered)
@@ -66,7 +71,7 @@ class EmbeddingRoutes:
 
     async def classify(self, body: ClassifyRequest, request: Request) -> Response:
         """Which label fits each picture, with probabilities, best first."""
-        model = self._shelf.embedding(body.model, "/v1/classify")
+        model = await self._shelf.embedding(body.model, "/v1/classify")
         check_labels(body.labels, body.template, max_labels=self._max_labels)
         with model.batcher.admission.visit():
             asks = await self._reader.asks(request, model.batcher.admission, body.input, modality="image")
@@ -79,6 +84,27 @@ class EmbeddingRoutes:
                 _classify_reply, body, answered.replies, labels, usage, model.capabilities
             )
         return Response(reply, media_type=JSON)
+
+
+def _items(body: EmbeddingsRequest) -> tuple[Sequence[Item], str]:
+    """What to embed, and the field that says so; raises RequestError(400)."""
+    if not {"input", "messages"} & body.model_fields_set:
+        message = "input: give a text, a picture, or a list of them"
+        raise RequestError(400, "missing_required_parameter", message, "input")
+    if "messages" not in body.model_fields_set:
+        return body.input, "input"
+    if "input" in body.model_fields_set:
+        raise RequestError(400, "invalid_value", "messages: send them or input, not both", "messages")
+    if len(body.messages) != 1 or body.messages[0].role != "user":
+        message = (
+            "messages: one message of the user becomes one vector; send more texts and pictures in input"
+        )
+        raise RequestError(400, "invalid_value", message, "messages")
+    parts = body.messages[0].content
+    if len(parts) != 1:
+        message = f"messages[0].content has {len(parts)} parts: send one text or one picture"
+        raise RequestError(400, "invalid_value", message, "messages[0].content")
+    return parts, "messages"
 
 
 # ---------------------------------------------------------------------------------------------------- replies

@@ -43,7 +43,7 @@ class RankingRoutes:
 
     async def rerank(self, body: RerankRequest, request: Request) -> Response:
         """Documents by how well they fit the query, best first."""
-        model = self._shelf.embedding(body.model, "/v1/rerank")
+        model = await self._shelf.embedding(body.model, "/v1/rerank")
         admission = model.batcher.admission
         with admission.visit():
             asks = await self._reader.asks(request, admission, [body.query], field="query")
@@ -55,7 +55,7 @@ class RankingRoutes:
 
     async def score(self, body: ScoreRequest, request: Request) -> Response:
         """The cosine of each pair."""
-        model = self._shelf.embedding(body.model, "/v1/score")
+        model = await self._shelf.embedding(body.model, "/v1/score")
         first, second = len(body.text_1), len(body.text_2)
         if first not in (1, second):
             message = f"text_1 has {first} items and text_2 {second}: send one in text_1, or as many in both"

@@ -12,8 +12,6 @@ from pydantic import (
     Discriminator,
     FailFast,
     Field,
-    StrictBool,
-    StrictInt,
     StrictStr,
     Tag,
     field_validator,
@@ -34,6 +32,12 @@ JSON = "application/json"
 """The media type of a reply that is serialised where it is made, off the event loop."""
 MOST_ITEMS = 65_536
 """Items that a list is parsed to at most, whatever is configured: bounds a hostile body's memory."""
+
+EXAMPLE_PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mM8ISfHgA0wMeAAg1MCANDKARQfGKMRAAAA"
+    "AElFTkSuQmCC"
+)
+"""A red square, for the document's examples: they can be sent as they stand."""
 
 
 class Body(BaseModel):
@@ -122,49 +126,6 @@ Strings = Annotated[
 """One string or a list of them."""
 
 
-# --------------------------------------------------------------------------------------------------- requests
-
-
-class EmbeddingsRequest(Body):
-    """Body of `POST /v1/embeddings`.
-
-    Ignored: `user` and every other OpenAI field that is not listed. Vectors always have norm 1.
-    """
-
-    model: Text
-    """Id of the served model."""
-    input: Items
-    """A text, an image as a `data:` URL, a part, or a list of these in any mixture."""
-    encoding_format: Literal["float", "base64"] = "float"
-    """`base64`: little-endian float32, what the openai client asks for by default."""
-    dimensions: Annotated[StrictInt, Field(ge=1)] | None = None
-    """Keep this many leading numbers and scale the rest to norm 1 again."""
-    modality: Literal["auto", "text", "image"] = "auto"
-    """What plain strings are; `auto`: an image where they are a `data:` URL (Infinity's field)."""
-    truncate: StrictBool = True
-    """False: a text of more tokens than the model reads is an error instead of being cut."""
-    normalize: Literal[True] = True
-    """Accepted for clients that send it."""
-
-
-class ClassifyRequest(Body):
-    """Body of `POST /v1/classify`: which of these labels fits the picture?"""
-
-    model: Text
-    """Id of the served model."""
-    input: Items
-    """An image or a list of images, in any of the shapes that `/v1/embeddings` takes."""
-    labels: Annotated[list[Text], FailFast(), Field(max_length=MOST_ITEMS)]
-    """Different, non-empty names."""
-    template: Strings = ["a photo of a {}"]
-    """Sentence around a label, `{}` standing for it; several: the mean of their unit vectors (ensemble)."""
-    top_k: Annotated[StrictInt, Field(ge=1)] | None = None
-    """Only the best labels in `probs`; None: all."""
-    multi_label: StrictBool = False
-    """False: probabilities over all labels sum to 1. True: each label by itself, as a sigmoid of its logit
-    (SigLIP) or of its logit less that of the label "thing" (CLIP, whose logits mean nothing alone)."""
-
-
 # ---------------------------------------------------------------------------------------------------- replies
 
 
@@ -179,51 +140,6 @@ class Usage(Body):
     """Pictures read."""
     truncated: int
     """Texts that had more tokens than the model reads."""
-
-
-class EmbeddingObject(Body):
-    """One embedding."""
-
-    object: Literal["embedding"] = "embedding"
-    index: int
-    """Position in `input`."""
-    embedding: list[float] | str
-    """Numbers, or base64 of little-endian float32."""
-
-
-class EmbeddingsReply(Body):
-    """Reply of `POST /v1/embeddings`."""
-
-    object: Literal["list"] = "list"
-    data: list[EmbeddingObject]
-    model: str
-    usage: Usage
-
-
-class LabelScore(Body):
-    """A label and its probability."""
-
-    label: str
-    score: float
-
-
-class Classification(Body):
-    """The labels of one picture, best first."""
-
-    index: int
-    """Position in `input`."""
-    label: str
-    """The best one."""
-    probs: list[LabelScore]
-
-
-class ClassifyReply(Body):
-    """Reply of `POST /v1/classify`."""
-
-    object: Literal["list"] = "list"
-    data: list[Classification]
-    model: str
-    usage: Usage
 
 
 class ModelFacts(Body):
@@ -253,10 +169,11 @@ class ModelObject(Body):
 
     id: str
     object: Literal["model"] = "model"
-    created: int
-    """Seconds since 1970 at which it was loaded."""
+    created: int = 0
+    """Seconds since 1970 at which it was loaded; 0: it is loaded when somebody asks for it."""
     owned_by: str = "fmray"
-    fmray: ModelFacts
+    fmray: ModelFacts | None = None
+    """What it can do, once it is loaded."""
 
 
 class ModelList(Body):
@@ -270,6 +187,13 @@ class Health(Body):
     """Reply of `GET /health`: the process answers."""
 
     status: Literal["ok"] = "ok"
+
+
+class Version(Body):
+    """Reply of `GET /version`."""
+
+    version: str
+    """Of fmray."""
 
 
 class Ready(Body):

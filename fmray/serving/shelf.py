@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fmray.errors import RequestError
 from fmray.serving.asks import Ask
@@ -16,6 +17,9 @@ from fmray.serving.clip_engine import Embedding, EmbeddingCapabilities, Embeddin
 from fmray.serving.engines import KINDS
 from fmray.serving.metrics import Meters
 from fmray.serving.zero_shot import LabelVectors
+
+if TYPE_CHECKING:
+    from fmray.serving.library import Library
 
 EMBEDDING_ROUTES = ("/v1/embeddings", "/v1/classify", "/v1/rerank", "/v1/score")
 ANSWER_ROUTES = ("/v1/chat/completions",)
@@ -76,34 +80,44 @@ ServedModel = EmbeddingModel | AnsweringModel
 class Shelf:
     """Models by name."""
 
-    def __init__(self, models: Sequence[ServedModel], meters: Meters) -> None:
+    def __init__(self, models: Sequence[ServedModel], meters: Meters, library: Library | None = None) -> None:
+        self._library = library
         self._meters = meters
         self._models: dict[str, ServedModel] = {model.id: model for model in models}
         self._leaving: set[asyncio.Task[None]] = set()
 
     @property
     def models(self) -> list[ServedModel]:
-        """All of them, the first one first."""
-        return list(self._models.values())
+        """All that are loaded, the first one first."""
+        return [*self._models.values(), *(self._library.loaded if self._library is not None else ())]
 
-    def model(self, asked: str) -> ServedModel:
-        """The model of that name; raises RequestError(404)."""
-        if asked not in self._models:
-            served = ", ".join(repr(name) for name in self._models)
+    @property
+    def unloaded(self) -> list[str]:
+        """Names of models that are loaded when somebody asks for them."""
+        loaded = {model.id for model in self.models}
+        return [name for name in (self._library.names if self._library else ()) if name not in loaded]
+
+    async def model(self, asked: str) -> ServedModel:
+        """The model of that name, loaded where it is the library's; raises RequestError(404)."""
+        if asked in self._models:
+            return self._models[asked]
+        found = await self._library.model(asked) if self._library is not None else None
+        if found is None:
+            served = ", ".join(repr(name) for name in [*self._models, *self.unloaded])
             message = f"the model {asked[:100]!r} is not served here; there is {served}"
             raise RequestError(404, "model_not_found", message, "model")
-        return self._models[asked]
+        return found
 
-    def embedding(self, asked: str, route: str) -> EmbeddingModel:
+    async def embedding(self, asked: str, route: str) -> EmbeddingModel:
         """The dual encoder of that name; raises RequestError(404) where there is none or it is another kind of model."""
-        model = self.model(asked)
+        model = await self.model(asked)
         if isinstance(model, EmbeddingModel):
             return model
         raise self._wrong_kind(model, route, "clip")
 
-    def answering(self, asked: str, route: str) -> AnsweringModel:
+    async def answering(self, asked: str, route: str) -> AnsweringModel:
         """The model of that name that answers; raises RequestError(404), likewise."""
-        model = self.model(asked)
+        model = await self.model(asked)
         if isinstance(model, AnsweringModel):
             return model
         raise self._wrong_kind(model, route, "vqa or mllm")
@@ -136,20 +150,21 @@ class Shelf:
         before = self._models.get(model.id)
         self._models[model.id] = model
         if before is not None:
-            self._end(before)
+            self.end(before)
 
     def take(self, model_id: str) -> None:
         """Serve it no more: it answers what it has and ends. Inside the event loop."""
-        self._end(self._models.pop(model_id))
+        self.end(self._models.pop(model_id))
 
-    def _end(self, model: ServedModel) -> None:
+    def end(self, model: ServedModel) -> None:
+        """A model that is on no shelf any more answers what it has, and its threads end."""
         leaving = asyncio.get_running_loop().create_task(_drain(model))
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
 
     def close(self) -> None:
         """End every model's threads."""
-        for model in self._models.values():
+        for model in self.models:
             model.answers.close()
 
 

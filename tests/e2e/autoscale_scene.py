@@ -87,56 +87,64 @@ def ask(url: str, watch: Watch, going: threading.Event) -> None:
 
 def scene(checkpoint: str, folder: Path) -> None:
     import ray
-    from ray import serve
-    from ray.serve.config import ProxyLocation
 
     with fake_cloud(folder, node={"CPU": 1, "GPU": 1}, most=MOST, environment=ENVIRONMENT) as address:
         ray.init(address, log_to_driver=False)
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options={"host": "127.0.0.1", "port": port})
-        scale = {
-            "min_replicas": 0,
-            "max_replicas": MOST,
-            "look_back_seconds": 3,
-            "upscale_seconds": 1,
-            "downscale_seconds": 6,
-        }
-        args = {
-            "checkpoint": checkpoint,
-            "model_id": "tiny",
-            "runtime": {"kind": "ray", "threads": 1, "cpus_per_worker": 0.5, "gpus_per_worker": 1},
-            "batch": {"max_items": 2},
-            "scale": scale,
-        }
-        serve.run(app(args), name="tiny", route_prefix="/", blocking=False, _blocking=False)
-        watch = Watch()
         try:
-            going = threading.Event()
-            going.set()
-            clients = [threading.Thread(target=ask, args=(url, watch, going)) for _ in range(12)]
-            clients[0].start()
-            watch.wait("one client", replicas=1)
-            for client in clients[1:]:
-                client.start()
-            watch.wait("twelve clients", replicas=MOST, nodes=MOST)
-            time.sleep(5)
-            going.clear()
-            for client in clients:
-                client.join(PATIENCE)
-            watch.wait("nobody", replicas=0, nodes=0)
-            again = openai.OpenAI(base_url=f"{url}/v1", api_key="-", timeout=PATIENCE)
-            watch.phase = "one request"
-            again.embeddings.create(model="tiny", input="red")
-            watch.answered += 1
-            watch.wait("one request", replicas=1)
-        finally:
-            watch.end()
-            (folder / "timeline.json").write_text(
-                json.dumps({"rows": watch.rows, "failed": watch.failed, "answered": watch.answered})
-            )
+            play(checkpoint, folder)
+        finally:  # before the head ends, or Ray ends this process without a word
+            ray.shutdown()
+
+
+def play(checkpoint: str, folder: Path) -> None:
+    """The scene itself, on the cluster that this process is connected to."""
+    from ray import serve
+    from ray.serve.config import ProxyLocation
+
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options={"host": "127.0.0.1", "port": port})
+    scale = {
+        "min_replicas": 0,
+        "max_replicas": MOST,
+        "look_back_seconds": 3,
+        "upscale_seconds": 1,
+        "downscale_seconds": 6,
+    }
+    args = {
+        "checkpoint": checkpoint,
+        "model_id": "tiny",
+        "runtime": {"kind": "ray", "threads": 1, "cpus_per_worker": 0.5, "gpus_per_worker": 1},
+        "batch": {"max_items": 2},
+        "scale": scale,
+    }
+    serve.run(app(args), name="tiny", route_prefix="/")
+    watch = Watch()
+    try:
+        going = threading.Event()
+        going.set()
+        clients = [threading.Thread(target=ask, args=(url, watch, going)) for _ in range(12)]
+        clients[0].start()
+        watch.wait("one client", replicas=1)
+        for client in clients[1:]:
+            client.start()
+        watch.wait("twelve clients", replicas=MOST, nodes=MOST)
+        time.sleep(5)
+        going.clear()
+        for client in clients:
+            client.join(PATIENCE)
+        watch.wait("nobody", replicas=0, nodes=0)
+        again = openai.OpenAI(base_url=f"{url}/v1", api_key="-", timeout=PATIENCE)
+        watch.phase = "one request"
+        again.embeddings.create(model="tiny", input="red")
+        watch.answered += 1
+        watch.wait("one request", replicas=1)
+    finally:
+        watch.end()
+        (folder / "timeline.json").write_text(
+            json.dumps({"rows": watch.rows, "failed": watch.failed, "answered": watch.answered})
+        )
         serve.shutdown()
-        ray.shutdown()
 
 
 if __name__ == "__main__":

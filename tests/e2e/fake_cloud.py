@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from ray.util import get_node_ip_address
 
 from fmray.runtime.ports import free_port
 
@@ -27,16 +28,18 @@ def fake_cloud(
     folder: Path, *, node: dict[str, float], most: int, environment: dict[str, str]
 ) -> Iterator[str]:
     """Yields the address of a head without resources for replicas; up to `most` nodes of that kind come when asked for."""
-    config = folder / "cluster.json"
-    config.write_text(json.dumps(_config(node, most)))
+    host = get_node_ip_address()
     port, temporary = free_port(), folder / "r"
+    address = f"{host}:{port}"
+    config = folder / "cluster.json"
+    config.write_text(json.dumps(_config(address, node, most)))
     command = [
         *(
             str(RAY),
             "start",
             "--head",
             "--block",
-            "--node-ip-address=127.0.0.1",
+            f"--node-ip-address={host}",
             f"--port={port}",
             "--num-cpus=1",
             "--num-gpus=0",
@@ -54,14 +57,13 @@ def fake_cloud(
             command, env={**os.environ, **own, **environment}, stdout=log, stderr=subprocess.STDOUT
         )
     try:
-        address = f"127.0.0.1:{port}"
         _wait_until_up(address, head, folder)
         yield address
     finally:
         _end(head, str(temporary))
 
 
-def _config(node: dict[str, float], most: int) -> dict[str, object]:
+def _config(address: str, node: dict[str, float], most: int) -> dict[str, object]:
     lists = (
         "initialization_commands",
         "setup_commands",
@@ -75,6 +77,7 @@ def _config(node: dict[str, float], most: int) -> dict[str, object]:
         "max_workers": most,
         "provider": {
             "type": "fake_multinode",
+            "gcs_address": address,
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,

@@ -14,7 +14,7 @@ import pytest
 
 from fmray.runtime.ports import free_port
 from fmray.serving.deploy import app
-from tests.endpoint import save_tiny_checkpoint
+from tests.endpoint import another_checkpoint, save_tiny_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -25,7 +25,7 @@ NAME = "tiny"
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return (
         save_tiny_checkpoint(tmp_path_factory.mktemp("one")),
-        save_tiny_checkpoint(tmp_path_factory.mktemp("two"), objective="siglip"),
+        another_checkpoint(tmp_path_factory.mktemp("two")),
     )
 
 

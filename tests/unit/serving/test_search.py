@@ -23,6 +23,7 @@ from fmray.pipeline.index import build_index
 from fmray.serving.index_shelf import IndexShelf
 from fmray.serving.index_store import checkpoint_hash, open_index
 from fmray.serving.opening import Endpoint
+from fmray.serving.shelf import EmbeddingModel
 from tests.endpoint import data_url, picture, serving
 from tests.unit.serving.index_folders import index_config, write_pictures
 
@@ -212,7 +213,8 @@ def test_one_index_need_not_be_named_and_none_is_said(checkpoint: str, folders: 
     endpoint = endpoint_of(checkpoint, {"only": folders["files"]})
     with client_of(endpoint) as client:
         assert search(client, "red", None)["index"] == "only"
-        model = endpoint.shelf.embedding("tiny", "/v1/search")
+        (model,) = endpoint.shelf.models
+        assert isinstance(model, EmbeddingModel)
         endpoint.shelf._models["tiny"] = replace(model, content_hash="another")  # as after a new checkpoint
         told = error(client, {"query": "red"}, 503)
         assert (told["code"], told["param"]) == ("index_outdated", "index")

@@ -15,7 +15,7 @@ from fmray.errors import CheckpointError, ConfigError, RequestError
 from fmray.serving.asks import TextAsk
 from fmray.serving.opening import Endpoint
 from fmray.serving.shelf import PROBE_SECONDS
-from tests.endpoint import save_tiny_checkpoint
+from tests.endpoint import another_checkpoint
 
 
 def run(scene: Callable[[], Awaitable[None]]) -> None:
@@ -39,7 +39,7 @@ async def embedded(client: httpx.AsyncClient, model: str = "m") -> Any:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Another CLIP of the same shape."""
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("other"), objective="siglip")
+    return another_checkpoint(tmp_path_factory.mktemp("other"))
 
 
 def test_models_of_both_kinds_behind_one_address(
@@ -86,7 +86,7 @@ def test_a_new_checkpoint_takes_over_and_no_request_is_lost(checkpoint: str, oth
             going = False
             await asyncio.gather(*asking)
             after = await embedded(client)
-        assert before != after
+        assert distance(before, after) > 1e-2
         assert len(seen) > 20
         close = [min(distance(one, before), distance(one, after)) for one in seen]
         assert max(close) < 1e-5, "each is one model's answer or the other's"
@@ -170,6 +170,53 @@ def test_ready_is_a_model_that_answers(checkpoint: str, monkeypatch: pytest.Monk
             await asyncio.sleep(0.2)
             assert (await client.get("/ready")).status_code == 200, "busy is not broken"
             busy.cancel()
+        endpoint.shelf.close()
+
+    run(scene)
+
+
+def test_a_library_loads_what_is_asked_for_and_forgets_the_oldest(
+    checkpoint: str, other: str, vqa_checkpoint: str, tmp_path: Path
+) -> None:
+    for name, place in (("one", checkpoint), ("two", other), ("three", checkpoint), ("v", vqa_checkpoint)):
+        (tmp_path / name).symlink_to(place)
+    (tmp_path / "broken").mkdir()
+    (tmp_path.parent / "outside").mkdir(exist_ok=True)
+
+    async def scene() -> None:
+        endpoint = Endpoint(ServeConfig(checkpoint=checkpoint, model_id="m", library=str(tmp_path)))
+        async with client_of(endpoint) as client:
+            expected = await embedded(client)
+            listed = (await client.get("/v1/models")).json()["data"]
+            assert {model["id"]: model["fmray"] is None for model in listed} == {
+                "m": False,
+                **dict.fromkeys(("one", "two", "three", "v", "broken"), True),
+            }
+            many = await asyncio.gather(*(embedded(client, "one") for _ in range(8)))
+            assert all(distance(each, expected) < 1e-6 for each in many)
+            assert [model.id for model in endpoint.shelf.models] == ["m", "one"], "loaded once"
+            assert distance(await embedded(client, "two"), expected) > 1e-3
+            await embedded(client, "one")
+            body = {"model": "v", "messages": [{"role": "user", "content": "x"}]}
+            assert (
+                await client.post("/v1/chat/completions", json=body)
+            ).status_code == 400  # it has no picture
+            assert [model.id for model in endpoint.shelf.models] == ["m", "one", "v"], (
+                "two was asked for longest ago"
+            )
+            asking = [asyncio.ensure_future(embedded(client, name)) for name in ("one", "two", "three") * 6]
+            for each, name in zip(await asyncio.gather(*asking), ("one", "two", "three") * 6, strict=True):
+                assert (distance(each, expected) < 1e-6) == (name != "two"), (
+                    "who is asked while it leaves answers"
+                )
+            for name, code in (
+                ("broken", "model_broken"),
+                ("../outside", "model_not_found"),
+                ("..", "model_not_found"),
+                ("one/../two", "model_not_found"),
+                ("", "model_not_found"),
+            ):
+                assert await embedded(client, name) == code
         endpoint.shelf.close()
 
     run(scene)
