@@ -10,8 +10,10 @@ from fastapi import APIRouter, FastAPI
 
 import fmray
 from fmray.config.serving import ServeConfig
+from fmray.serving.api_document import DESCRIPTION, error_replies, install_document, short_names
 from fmray.serving.border import Border, Finished, install_error_answers, log_finished
 from fmray.serving.chat_routes import ChatRoutes
+from fmray.serving.docs_page import DocsRoutes
 from fmray.serving.embedding_routes import EmbeddingRoutes
 from fmray.serving.fetch import Fetcher
 from fmray.serving.index_shelf import IndexShelf
@@ -22,14 +24,10 @@ from fmray.serving.page_routes import PageRoutes
 from fmray.serving.ranking_routes import RankingRoutes
 from fmray.serving.rate_limits import Ledger, RateLimits
 from fmray.serving.reading import Reader
-from fmray.serving.schemas import ErrorReply
 from fmray.serving.search_routes import SearchRoutes, ServedEncoders, query_encoder
 from fmray.serving.shelf import Shelf
 
 MIB = 2**20
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorReply} for status in (400, 401, 404, 413, 415, 429, 500, 503, 504)
-}
 
 
 def build_app(shelf: Shelf, config: ServeConfig, meters: Meters, ledger: Ledger | None = None) -> FastAPI:
@@ -55,13 +53,21 @@ def build_app(shelf: Shelf, config: ServeConfig, meters: Meters, ledger: Ledger 
         shelf.close()
         fetcher.close()
 
-    app = FastAPI(title="fmray", version=fmray.__version__, redirect_slashes=False, lifespan=lifespan)
+    app = FastAPI(
+        title="fmray",
+        version=fmray.__version__,
+        description=DESCRIPTION,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's own pages load their scripts from elsewhere
+        redoc_url=None,
+    )
     limits = RateLimits(
         ledger, requests=config.access.requests_per_minute, inputs=config.access.inputs_per_minute
     )
     app.add_middleware(Border, limits=limits, **_border(config, meters))
     install_error_answers(app)
-    router = APIRouter(responses=ERRORS)
+    router = APIRouter(responses=error_replies())
     for routes in (
         EmbeddingRoutes(shelf, reader, max_labels=config.max_labels),
         RankingRoutes(shelf, reader, max_inputs=config.max_inputs),
@@ -71,9 +77,12 @@ def build_app(shelf: Shelf, config: ServeConfig, meters: Meters, ledger: Ledger 
         ),
         ModelRoutes(shelf, config, meters),
         PageRoutes(config),
+        DocsRoutes(app),
     ):
         routes.add_to(router)
     app.include_router(router)
+    app.include_router(short_names(router))
+    install_document(app, guarded=config.access.key_file is not None)
     return app
 
 

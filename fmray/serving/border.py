@@ -40,7 +40,7 @@ ERROR_TYPES = {
     429: "rate_limit_error",
     504: "timeout_error",
 }
-"""OpenAI's type of a status; else `invalid_request_error` below 500 and `server_error` from there on."""
+"""Types of their own; else `invalid_request_error` below 500 and `server_error` from there on."""
 
 ROUTE_ERRORS = {
     404: ("not_found", "no such route"),
@@ -70,13 +70,19 @@ async def _answer_error(_request: Request, error: Exception) -> Response:
     return error_response(error, headers)
 
 
+def error_type(status: int) -> str:
+    """OpenAI's type of a status."""
+    return ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
 def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
     """The answer to a request that cannot be answered, with the headers that OpenAI's clients act on.
 
     A 429, 503 or 504 says when to come back: after the error's `retry_after` seconds where it has them, else after one.
     """
-    kind = ERROR_TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
-    facts = ErrorFacts(message=error.message, type=kind, param=error.param, code=error.code)
+    facts = ErrorFacts(
+        message=error.message, type=error_type(error.status), param=error.param, code=error.code
+    )
     told = dict(headers or {})
     if error.status in (429, 503, 504):
         wait = 1.0 if error.retry_after is None else max(0.001, error.retry_after)

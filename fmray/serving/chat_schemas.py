@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, FailFast, Field, StrictBool, StrictInt, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, FailFast, Field, StrictBool, StrictInt, Tag
 from pydantic_core import PydanticCustomError
 
 from fmray.errors import RequestError
-from fmray.serving.schemas import MOST_ITEMS, Body, ImageUrlPart, Text, TextPart
+from fmray.serving.schemas import EXAMPLE_PICTURE, MOST_ITEMS, Body, ImageUrlPart, Text, TextPart
 
 MOST_STOPS = 4
 """Stop sequences of one request, as at OpenAI."""
@@ -79,6 +79,26 @@ class ChatRequest(Body):
     Ignored, because they never change an answer here: `user`, `metadata`, `store`, `service_tier`, `detail` of an image, and
     every field that is not listed. What would change the answer and is not built is refused (`REFUSED`).
     """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "fmray-vqa",
+                    "messages": [
+                        {
+                            "role": "user",
+                            "content": [
+                                {"type": "text", "text": "what color is it?"},
+                                {"type": "image_url", "image_url": {"url": EXAMPLE_PICTURE}},
+                            ],
+                        }
+                    ],
+                    "max_tokens": 8,
+                }
+            ]
+        }
+    )
 
     model: Text
     """Id of the served model."""
@@ -233,6 +253,28 @@ class ChatUsage(Body):
 
 class ChatReply(Body):
     """Reply of `POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "chatcmpl-5f",
+                    "object": "chat.completion",
+                    "created": 1790000000,
+                    "model": "fmray-vqa",
+                    "choices": [
+                        {
+                            "index": 0,
+                            "message": {"role": "assistant", "content": "red", "refusal": None},
+                            "logprobs": None,
+                            "finish_reason": "stop",
+                        }
+                    ],
+                    "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
+                }
+            ]
+        }
+    )
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictBool, StrictInt
+from pydantic import ConfigDict, Field, StrictBool, StrictInt
 
-from fmray.serving.schemas import Body, Item, Items, Text, Usage
+from fmray.serving.schemas import EXAMPLE_PICTURE, Body, Item, Items, Text, Usage
 
 
 class RerankRequest(Body):
     """Body of `POST /v1/rerank`: which of these documents fit the query best?"""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "fmray-clip",
+                    "query": "something red",
+                    "documents": ["a red heart", {"text": "a blue sky"}, {"image": EXAMPLE_PICTURE}],
+                    "top_n": 2,
+                    "return_documents": True,
+                }
+            ]
+        }
+    )
 
     model: Text
     """Id of the served model."""
@@ -43,6 +57,22 @@ class RankedResult(Body):
 class RerankReply(Body):
     """Reply of `POST /v1/rerank`, best first; equals keep their order."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "list",
+                    "results": [
+                        {"index": 0, "relevance_score": 0.83, "document": {"text": "a red heart"}},
+                        {"index": 2, "relevance_score": 0.27, "document": None},
+                    ],
+                    "model": "fmray-clip",
+                    "usage": {"prompt_tokens": 14, "total_tokens": 14, "images": 1, "truncated": 0},
+                }
+            ]
+        }
+    )
+
     object: Literal["list"] = "list"
     results: list[RankedResult]
     model: str
@@ -51,6 +81,18 @@ class RerankReply(Body):
 
 class ScoreRequest(Body):
     """Body of `POST /v1/score`: how alike are these pairs?"""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "fmray-clip",
+                    "text_1": "something red",
+                    "text_2": ["a red heart", {"image": EXAMPLE_PICTURE}],
+                }
+            ]
+        }
+    )
 
     model: Text
     """Id of the served model."""
@@ -71,6 +113,19 @@ class Score(Body):
 
 class ScoreReply(Body):
     """Reply of `POST /v1/score`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "list",
+                    "data": [{"index": 0, "object": "score", "score": 0.83}],
+                    "model": "fmray-clip",
+                    "usage": {"prompt_tokens": 9, "total_tokens": 9, "images": 0, "truncated": 0},
+                }
+            ]
+        }
+    )
 
     object: Literal["list"] = "list"
     data: list[Score]

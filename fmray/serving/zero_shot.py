@@ -28,6 +28,8 @@ NEUTRAL = "thing"
 """The label that every picture fits."""
 
 Answer = Callable[[Sequence[TextAsk]], Awaitable[Answered[Embedding]]]
+Count = Callable[[int, int], None]
+"""Told how many labels of a request were known, and how many were not."""
 
 
 def check_labels(labels: Sequence[str], templates: Sequence[str], *, max_labels: int) -> None:
@@ -64,8 +66,8 @@ def _check_length(text: str, name: str) -> None:
 class LabelVectors:
     """Unit vectors of labels; the least recently used is forgotten first. For one event loop: no lock."""
 
-    def __init__(self, answer: Answer, capacity: int = 8192) -> None:
-        self._answer, self._capacity = answer, capacity
+    def __init__(self, answer: Answer, capacity: int = 8192, count: Count | None = None) -> None:
+        self._answer, self._capacity, self._count = answer, capacity, count
         self._known: OrderedDict[bytes, Embedding] = OrderedDict()
 
     async def of(self, labels: Sequence[str], templates: Sequence[str]) -> list[Embedding]:
@@ -74,6 +76,8 @@ class LabelVectors:
         keys = [hashlib.sha256(json.dumps([label, *templates]).encode()).digest() for label in labels]
         found = {key: self._known[key] for key in keys if key in self._known}
         missing = [(key, label) for key, label in zip(keys, labels, strict=True) if key not in found]
+        if self._count is not None:
+            self._count(len(labels) - len(missing), len(missing))
         sentences = [
             # replace, not format: a template is a stranger's
             TextAsk(template.replace("{}", label), name="labels")

@@ -92,6 +92,54 @@ def test_more_items_than_a_batch_stay_in_order(client: httpx.Client) -> None:
     )
 
 
+def test_vllms_messages_become_one_vector(client: httpx.Client) -> None:
+    """A message of the user with one text or one picture, as a plain string or as a part."""
+    for content, same in (
+        ("red", "red"),
+        ([{"type": "text", "text": "red"}], "red"),
+        ([{"type": "image_url", "image_url": {"url": RED}}], RED),
+    ):
+        body = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": content}],
+            "encoding_format": "float",
+        }
+        reply = client.post("/v1/embeddings", json=body)
+        assert reply.status_code == 200, reply.text
+        (item,) = reply.json()["data"]
+        np.testing.assert_allclose([item["embedding"]], vectors(client, same), atol=1e-6)
+
+
+def user(*parts: object) -> list[object]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+TEXT_PART = {"type": "text", "text": "red"}
+BAD_MESSAGES: dict[str, tuple[dict[str, object], str, str]] = {
+    "none": ({"messages": []}, "invalid_value", "messages"),
+    "null": ({"messages": None}, "invalid_value", "messages"),
+    "two": ({"messages": user(TEXT_PART) * 2}, "invalid_value", "messages"),
+    "an assistant's": ({"messages": [{"role": "assistant", "content": "a"}]}, "invalid_value", "messages"),
+    "of two parts": ({"messages": user(TEXT_PART, TEXT_PART)}, "invalid_value", "messages[0].content"),
+    "of nothing": ({"messages": user()}, "invalid_value", "messages[0].content"),
+    "empty text": ({"messages": [{"role": "user", "content": " "}]}, "empty_input", "messages[0]"),
+    "of audio": ({"messages": user({"type": "input_audio"})}, "invalid_value", "messages[0].content[0]"),
+    "a bad picture": (
+        {"messages": user({"image_url": {"url": "data:image/png;base64,AAAA"}})},
+        "unsupported_image_format",
+        "messages[0]",
+    ),
+    "beside an input": ({"messages": user(TEXT_PART), "input": "a"}, "invalid_value", "messages"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MESSAGES)
+def test_messages_that_are_no_one_thing(client: httpx.Client, name: str) -> None:
+    body, code, param = BAD_MESSAGES[name]
+    told = error(client.post("/v1/embeddings", json={"model": "tiny", **body}), 400)
+    assert (told["code"], told["param"]) == (code, param), told
+
+
 def test_a_long_text_is_refused_where_the_client_wants_that(client: httpx.Client) -> None:
     body = {"model": "tiny", "input": ["red", "a" * 100], "truncate": False}
     told = error(client.post("/v1/embeddings", json=body), 400)
@@ -134,6 +182,17 @@ def test_scores_are_the_models_own(client: httpx.Client) -> None:
     assert {prob["label"]: prob["score"] for prob in probs} == pytest.approx(
         dict(zip(labels, expected[0], strict=True)), abs=1e-5
     )
+
+
+def test_labels_that_were_known_are_counted(client: httpx.Client) -> None:
+    def counted() -> list[float]:
+        lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith("fmray_cache_")]
+        return [float(line.rpartition(" ")[2]) for line in sorted(lines)]
+
+    classify(client, labels=["never asked before", "nor this"])
+    before = counted()
+    classify(client, labels=["never asked before", "nor this", "but this"])
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [2, 1]
 
 
 def test_each_label_by_itself(client: httpx.Client) -> None:

@@ -121,3 +121,11 @@ def test_too_many_sentences_are_refused() -> None:
     check_labels(labels, ["{}"] * 20, max_labels=1000)
     with pytest.raises(RequestError, match="20000 sentences"):
         check_labels(labels, ["{}"] * 21, max_labels=1000)
+
+
+def test_what_was_known_is_counted() -> None:
+    told: list[tuple[int, int]] = []
+    labels = LabelVectors(Answers(), count=lambda hits, misses: told.append((hits, misses)))
+    for asked in (["a", "b"], ["b", "c", "a"], ["a"]):
+        asyncio.run(labels.of(asked, ["{}"]))
+    assert told == [(0, 2), (2, 1), (1, 0)]
