@@ -101,7 +101,7 @@ class ChatRoutes:
 
     async def completions(self, body: ChatRequest, request: Request) -> Response:
         """What the model says to the last message: one answer, whole, or token by token with `stream`."""
-        model = self._shelf.answering(body.model, "/v1/chat/completions")
+        model = await self._shelf.answering(body.model, "/v1/chat/completions")
         check_options(body)
         ask = await self._ask(model, body, request)
         if body.stream:

@@ -47,7 +47,7 @@ class EmbeddingRoutes:
 
     async def embeddings(self, body: EmbeddingsRequest, request: Request) -> Response:
         """Texts and images to vectors of the model's shared space, in the order of `input`."""
-        model = self._shelf.embedding(body.model, "/v1/embeddings")
+        model = await self._shelf.embedding(body.model, "/v1/embeddings")
         items, field = _items(body)
         width = model.capabilities.dim
         if body.dimensions is not None and body.dimensions > width:
@@ -71,7 +71,7 @@ class EmbeddingRoutes:
 
     async def classify(self, body: ClassifyRequest, request: Request) -> Response:
         """Which label fits each picture, with probabilities, best first."""
-        model = self._shelf.embedding(body.model, "/v1/classify")
+        model = await self._shelf.embedding(body.model, "/v1/classify")
         check_labels(body.labels, body.template, max_labels=self._max_labels)
         with model.batcher.admission.visit():
             asks = await self._reader.asks(request, model.batcher.admission, body.input, modality="image")

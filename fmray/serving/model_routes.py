@@ -52,11 +52,12 @@ class ModelRoutes:
 
     async def list_models(self) -> ModelList:
         """The served models."""
-        return ModelList(data=[self._object(model) for model in self._shelf.models])
+        loaded = [self._object(model) for model in self._shelf.models]
+        return ModelList(data=[*loaded, *(ModelObject(id=name) for name in self._shelf.unloaded)])
 
     async def get_model(self, model_id: str) -> ModelObject:
         """What a served model can do."""
-        return self._object(self._shelf.model(model_id))
+        return self._object(await self._shelf.model(model_id))
 
     def _object(self, model: ServedModel) -> ModelObject:
         config, capabilities = self._config, model.capabilities

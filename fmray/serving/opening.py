@@ -27,6 +27,7 @@ from fmray.serving.chat_loop import ChatLoop
 from fmray.serving.clip_engine import ClipEngine, EmbeddingEngine
 from fmray.serving.engines import Kind
 from fmray.serving.index_store import checkpoint_hash
+from fmray.serving.library import Library
 from fmray.serving.metrics import Meters, Sink
 from fmray.serving.rate_limits import Ledger
 from fmray.serving.shelf import AnsweringModel, EmbeddingModel, ServedModel, Shelf
@@ -59,8 +60,20 @@ class Endpoint:
                 for name, place in self.config.places.items()
             ],
             self._meters,
+            self._library(),
         )
         self.app: FastAPI = build_app(self.shelf, self.config, self._meters, ledger)
+
+    def _library(self) -> Library | None:
+        if self.config.library is None:
+            return None
+
+        def open_model(name: str, place: str) -> ServedModel:
+            return served_model(name, place, open_engine(place, self.config), self.config, self._meters)
+
+        return Library(
+            self.config.library, self.config.library_models, open_model, lambda model: self.shelf.end(model)
+        )
 
     async def reconfigure(self, changes: Mapping[str, Any]) -> None:
         """Serve what the changed configuration says, without dropping a request: new models are loaded and warmed beside the old.
