@@ -105,6 +105,14 @@ def test_a_conversation_brings_each_picture_once_and_its_turns_with_it(
     [brought, text] = two["messages"][2]["content"]
     assert base64.b64decode(brought["image_url"]["url"].partition(",")[2]) == blue.read_bytes()
     assert text == {"type": "text", "text": "is it big?"}
+    for size in ({"width": 1200, "height": 420}, {"width": 320, "height": 500}):
+        visit.page.set_viewport_size(size)  # type: ignore[arg-type]
+        visit.ask("is it big?")
+        box = visit.page.locator("#panel-ask .main").bounding_box()
+        assert box is not None
+        assert 0 < box["y"] < size["height"] - box["height"], (
+            "the next question can be asked without scrolling"
+        )
     visit.page.click("#start-over")
     assert visit.page.locator(".said").count() == 0
     visit.ask("what shape is this?")

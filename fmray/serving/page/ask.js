@@ -79,9 +79,9 @@ export class AskPanel extends Panel {
     const { model, route, body } = this.current();
     const asked = element("div", { className: "asked" }, ...turn.pictures.map((each) => element("img", { src: each.url, alt: each.name })));
     asked.append(element("p", { textContent: question }));
-    const said = new Said(this.page);
+    const said = new Said(this.page, this.form.querySelector(".row"));
     this.talk.append(asked, said.root);
-    said.root.scrollIntoView({ block: "nearest" });
+    said.follow();
     at("question").value = "";
     try {
       const response = await request(model.url(route), { body: withPictures(body, (each) => each.data), signal, waiting });
@@ -118,8 +118,9 @@ function asMessage(pictures, text) {
 
 class Said {
   /** An answer as it comes: on the screen by tokens, to a screen reader by sentences. */
-  constructor(page) {
+  constructor(page, below) {
     this.page = page;
+    this.below = below;
     this.text = "";
     this.told = 0;
     this.begun = false;
@@ -136,16 +137,22 @@ class Said {
     if (chunk.usage) this.usage = chunk.usage;
     const [choice] = chunk.choices;
     if (!choice) return;
-    const inView = this.root.getBoundingClientRect().bottom <= innerHeight;
+    const inView = this.below.getBoundingClientRect().bottom <= innerHeight;
     this.text += choice.delta.content ?? "";
     this.words.textContent = this.text;
-    if (inView) this.root.scrollIntoView({ block: "nearest" }); // it is followed, unless its reader has scrolled away
+    if (inView) this.follow(); // unless its reader has scrolled away
     this.cut ||= choice.finish_reason === "length";
     const ended = this.text.slice(this.told).match(/^[\s\S]*[.!?](?=\s)/);
     if (ended) this.#tell(ended[0]);
   }
 
+  /** Keep the form below the answer on the screen. */
+  follow() {
+    this.below.scrollIntoView({ block: "nearest" });
+  }
+
   end(how = "") {
+    const inView = this.below.getBoundingClientRect().bottom <= innerHeight;
     this.root.classList.remove("going");
     this.#tell(this.text.slice(this.told) || (this.text ? "" : "The answer is empty"));
     if (!this.text) this.words.textContent = "(an empty answer)";
@@ -154,6 +161,7 @@ class Said {
     facts.push(`${((performance.now() - this.started) / 1000).toFixed(1)} s`);
     if (this.cut) facts.push("cut at the longest answer");
     this.facts.textContent = facts.filter(Boolean).join(" · ");
+    if (inView) this.follow();
   }
 
   #tell(text) {
