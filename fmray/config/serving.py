@@ -75,6 +75,21 @@ class AccessConfig(Section):
     """One line per request: route, status, time, id and the key's name; no prompt, picture, key or path."""
 
 
+class TraceConfig(Section):
+    """OpenTelemetry traces: one span per request and where its time went; no prompt, picture, path or key."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
+    """Collector, OTLP over HTTP: `http://collector:4318/v1/traces`; None: no traces. Tokens for it go into
+    OTEL_EXPORTER_OTLP_HEADERS, what else they should say of this process into OTEL_RESOURCE_ATTRIBUTES."""
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the requests that are traced; one that comes with a W3C `traceparent` is traced if that says so."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything may have to be counted: a key's own entry can say so too."""
+        return self.key_file is not None or bool(self.requests_per_minute or self.inputs_per_minute)
+
+
 class ScaleConfig(Section):
     """Replicas that follow the traffic (Ray Serve)."""
 
@@ -133,6 +148,8 @@ class ServeConfig(Section):
     """Pictures by http(s) address."""
     access: AccessConfig = AccessConfig()
     """Keys and limits of those who ask."""
+    trace: TraceConfig = TraceConfig()
+    """Traces of requests."""
     page: bool = True
     """A web page at `/` to try the models with."""
     page_bases: tuple[Annotated[str, Field(pattern=r"^/([A-Za-z0-9._~-]+/?)*$")], ...] = ()

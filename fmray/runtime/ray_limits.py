@@ -26,6 +26,8 @@ ALONE = 5.0
 IDLE = 600.0
 """Seconds without a question after which the actor ends: it has long forgotten every minute by then."""
 NAMESPACE = "fmray-limits"
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""The actor's place: on a worker's node it would keep the node from leaving when its last replica does."""
 LOST = (ray.exceptions.RayError, TimeoutError, ValueError)
 """What a call raises whose actor is dead, unreachable, or cannot be found or made (ValueError)."""
 
@@ -180,6 +182,7 @@ class RayLedger:
                 get_if_exists=True,
                 lifetime="detached",
                 num_cpus=0,
+                resources=ON_HEAD,
                 max_concurrency=1000,
             )
             .remote(self._idle)

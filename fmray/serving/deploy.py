@@ -61,7 +61,8 @@ def open_replica(config: ServeConfig) -> Endpoint:
     from fmray.serving.metrics import METRICS
     from fmray.serving.opening import Endpoint
 
-    return Endpoint(config, ray_serve.metrics_sink(METRICS), RayLedger(str(config.model_id)))
+    ledger = RayLedger(str(config.model_id)) if config.access.limited else None
+    return Endpoint(config, ray_serve.metrics_sink(METRICS), ledger)
 
 
 def _options(config: ServeConfig) -> dict[str, Any]:
