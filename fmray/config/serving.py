@@ -74,6 +74,11 @@ class AccessConfig(Section):
     log_requests: bool = False
     """One line per request: route, status, time, id and the key's name; no prompt, picture, key or path."""
 
+    @property
+    def limited(self) -> bool:
+        """Whether anything may have to be counted: a key's own entry can say so too."""
+        return self.key_file is not None or bool(self.requests_per_minute or self.inputs_per_minute)
+
 
 class TraceConfig(Section):
     """OpenTelemetry traces: one span per request and where its time went; no prompt, picture, path or key."""
@@ -83,11 +88,6 @@ class TraceConfig(Section):
     OTEL_EXPORTER_OTLP_HEADERS, what else they should say of this process into OTEL_RESOURCE_ATTRIBUTES."""
     share: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the requests that are traced; one that comes with a W3C `traceparent` is traced if that says so."""
-
-    @property
-    def limited(self) -> bool:
-        """Whether anything may have to be counted: a key's own entry can say so too."""
-        return self.key_file is not None or bool(self.requests_per_minute or self.inputs_per_minute)
 
 
 class ScaleConfig(Section):
