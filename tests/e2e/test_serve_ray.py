@@ -16,7 +16,7 @@ from fmray.runtime.ports import free_port
 from fmray.serving.deploy import app
 from tests.endpoint import another_checkpoint, save_tiny_checkpoint
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
 
 NAME = "tiny"
 
