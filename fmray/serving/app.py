@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,11 +12,12 @@ from fastapi import APIRouter, FastAPI
 import fmray
 from fmray.config.serving import ServeConfig
 from fmray.serving.api_document import DESCRIPTION, error_replies, install_document, short_names
-from fmray.serving.border import Border, Finished, install_error_answers, log_finished
+from fmray.serving.border import Border, install_error_answers
 from fmray.serving.chat_routes import ChatRoutes
 from fmray.serving.docs_page import DocsRoutes
 from fmray.serving.embedding_routes import EmbeddingRoutes
 from fmray.serving.fetch import Fetcher
+from fmray.serving.finished import Finished, log_finished
 from fmray.serving.index_shelf import IndexShelf
 from fmray.serving.keys import Access
 from fmray.serving.metrics import Meters
@@ -26,6 +28,7 @@ from fmray.serving.rate_limits import Ledger, RateLimits
 from fmray.serving.reading import Reader
 from fmray.serving.search_routes import SearchRoutes, ServedEncoders, query_encoder
 from fmray.serving.shelf import Shelf
+from fmray.serving.tracing import Tracer, open_tracer
 
 MIB = 2**20
 
@@ -34,14 +37,14 @@ def build_app(shelf: Shelf, config: ServeConfig, meters: Meters, ledger: Ledger 
     """The ASGI app of some warm models; ends their threads when it ends.
 
     ledger: where limits are counted, over all replicas; None: in this process. Raises ConfigError for a key file that cannot be
-    read, CheckpointError or DataError for an index that cannot be searched.
+    read, CheckpointError or DataError for an index that cannot be searched, MissingExtra for traces without OpenTelemetry.
     """
     fetcher = Fetcher(
         config.fetch,
         config.max_image_mib * MIB,
         count=lambda outcome: meters.count("fmray_fetches_total", outcome=outcome),
     )
-    reader = Reader(config, fetcher)
+    reader, tracer = Reader(config, fetcher), open_tracer(config.trace)
     indexes = IndexShelf(config.indexes, served=ServedEncoders(shelf, lambda model: model.capabilities.dim))
 
     @asynccontextmanager
@@ -52,6 +55,8 @@ def build_app(shelf: Shelf, config: ServeConfig, meters: Meters, ledger: Ledger 
         indexes.close()
         shelf.close()
         fetcher.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="fmray",
@@ -65,7 +70,7 @@ def build_app(shelf: Shelf, config: ServeConfig, meters: Meters, ledger: Ledger 
     limits = RateLimits(
         ledger, requests=config.access.requests_per_minute, inputs=config.access.inputs_per_minute
     )
-    app.add_middleware(Border, limits=limits, **_border(config, meters))
+    app.add_middleware(Border, limits=limits, **_border(config, meters, tracer))
     install_error_answers(app)
     router = APIRouter(responses=error_replies())
     for routes in (
@@ -86,7 +91,7 @@ def build_app(shelf: Shelf, config: ServeConfig, meters: Meters, ledger: Ledger 
     return app
 
 
-def _border(config: ServeConfig, meters: Meters) -> dict[str, Any]:
+def _border(config: ServeConfig, meters: Meters, tracer: Tracer | None) -> dict[str, Any]:
     """The border's settings: who may ask, how much, by when, and what is noted of it."""
     access = config.access
 
@@ -95,6 +100,8 @@ def _border(config: ServeConfig, meters: Meters) -> dict[str, Any]:
         meters.observe("fmray_request_seconds", request.seconds, route=request.route)
         if access.log_requests:
             log_finished(request)
+        if tracer is not None:
+            tracer.finished(request)
 
     return {
         "max_body": config.max_body_mib * MIB,

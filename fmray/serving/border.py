@@ -22,12 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fmray.errors import RequestError
 from fmray.serving.bodies import BodyLeft, read_body
+from fmray.serving.finished import Finished, Stage, begin_stages
 from fmray.serving.keys import Access
 from fmray.serving.rate_limits import RateLimits
 from fmray.serving.schemas import ErrorFacts, ErrorReply
 
 logger = logging.getLogger(__name__)
-request_logger = logging.getLogger("fmray.requests")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """A client's own id is echoed where it looks like this: nothing is smuggled into a header or a log."""
@@ -140,24 +140,6 @@ LATE = 0.25
 """Seconds after a deadline in which whoever does the work may still say so himself, before the border does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """An answered request, for logs and meters: nothing in it comes from the client but the id that he chose.
-
-    `Finished("POST", "/v1/embeddings", 200, 0.012, "req_5f", "alice")`
-    """
-
-    method: str
-    route: str
-    """As it stands in the app (`/v1/models/{model_id}`), so that no path with a secret in it is kept; `-`: none."""
-    status: int
-    """499: the client left before there was one."""
-    seconds: float
-    request_id: str
-    key_name: str
-    """`-`: no key."""
-
-
 @dataclass(slots=True)
 class _Visit:
     """One request on its way through the border."""
@@ -168,13 +150,16 @@ class _Visit:
     started: float = field(default_factory=time.monotonic)
     status: int = 0
     """Of the answer that has begun."""
+    began: float = 0.0
+    """When, by `time.perf_counter`."""
+    stages: list[Stage] = field(default_factory=begin_stages)
     ended: bool = False
     left: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def answer(self, message: Message) -> None:
         """The app's `send`: adds headers, and notes how far the answer is."""
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self.began = message["status"], time.perf_counter()
             self._add_headers(MutableHeaders(scope=message))
         elif message["type"] == "http.response.body":
             self.ended = not message.get("more_body", False)
@@ -239,8 +224,15 @@ class Border:
         scope["state"].update(request_id=request_id, key_name="-")
         visit = _Visit(scope, send, request_id)
         try:
-            await self._admit(scope, headers)
-            _check_content_type(scope["method"], headers)
+            await self._answer(visit, headers, receive)
+        finally:  # also of an answer that broke off, and of one that the server's end has cut short
+            if self.finished is not None:
+                self.finished(_finished(visit, headers))
+
+    async def _answer(self, visit: _Visit, headers: Headers, receive: Receive) -> None:
+        try:
+            await self._admit(visit.scope, headers)
+            _check_content_type(visit.scope["method"], headers)
             body = await read_body(headers, receive, limit=self.max_body, seconds=self.body_seconds)
         except RequestError as error:
             await visit.refuse(error)
@@ -248,8 +240,6 @@ class Border:
             pass
         else:
             await self._run(visit, body, receive)
-        if self.finished is not None:
-            self.finished(_finished(visit))
 
     async def _admit(self, scope: Scope, headers: Headers) -> None:
         """Key, rate and deadline; raises RequestError."""
@@ -335,6 +325,8 @@ async def _nothing() -> Message:
 
 def _check_content_type(method: str, headers: Headers) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not kind and "transfer-encoding" not in headers and headers.get("content-length", "0") == "0":
+        return  # nothing is sent, so it is of no kind: the route says what it misses
     if method == "POST" and kind != "application/json":
         raise RequestError(415, "unsupported_media_type", "send JSON with content-type: application/json")
 
@@ -368,8 +360,11 @@ def _address(scope: Scope, headers: Headers, header: str | None) -> str:
     return str(client[0]) if client else "unknown"
 
 
-def _finished(visit: _Visit) -> Finished:
+def _finished(visit: _Visit, headers: Headers) -> Finished:
     state, route = visit.scope["state"], visit.scope.get("route")
+    stages = visit.stages
+    if visit.began:
+        stages = [*stages, Stage("answer", visit.began, time.perf_counter())]
     return Finished(
         visit.scope["method"],
         str(getattr(route, "path", "-")),
@@ -377,20 +372,6 @@ def _finished(visit: _Visit) -> Finished:
         time.monotonic() - visit.started,
         visit.request_id,
         state["key_name"],
-    )
-
-
-def log_finished(request: Finished) -> None:
-    """`Border(finished=log_finished)`: one line for a request, without prompt, picture, key or path."""
-    if not request_logger.hasHandlers():  # a replica of Ray Serve: its standard error is its log
-        request_logger.addHandler(logging.StreamHandler())
-    request_logger.setLevel(logging.INFO)
-    request_logger.info(
-        "%s %s %d %.1f ms %s key=%s",
-        request.method,
-        request.route,
-        request.status,
-        request.seconds * 1000,
-        request.request_id,
-        request.key_name,
+        headers.get("traceparent", ""),
+        tuple(stages),
     )

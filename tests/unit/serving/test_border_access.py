@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from fmray.serving.bodies import DEEPEST, MOST_VALUES, JsonShape
-from fmray.serving.border import Finished, log_finished
+from fmray.serving.finished import Finished, log_finished
 from fmray.serving.keys import Access, KeyFile
 from fmray.serving.rate_limits import RateLimits
 from tests.unit.serving.border_app import SECRET, ask, border_app, connect, post, running, until
