@@ -14,6 +14,9 @@ from typing import Any
 
 import openai
 
+from fmray.pipeline.charts import Line
+from fmray.pipeline.report import write_report
+from fmray.pipeline.sections import LineChart, Report, Tile
 from fmray.runtime.ports import free_port
 from fmray.serving.deploy import app
 from tests.e2e.fake_cloud import fake_cloud
@@ -141,10 +144,38 @@ def play(checkpoint: str, folder: Path) -> None:
         watch.wait("one request", replicas=1)
     finally:
         watch.end()
-        (folder / "timeline.json").write_text(
-            json.dumps({"rows": watch.rows, "failed": watch.failed, "answered": watch.answered})
-        )
+        told = {"rows": watch.rows, "failed": watch.failed, "answered": watch.answered}
+        (folder / "timeline.json").write_text(json.dumps(told))
+        write_report(timeline(watch.rows, watch.answered, watch.failed), folder / "timeline.html")
         serve.shutdown()
+
+
+def timeline(rows: list[dict[str, Any]], answered: int, failed: list[str]) -> Report:
+    """What happened, as a page."""
+
+    def line(label: str, name: str, scale: float = 1.0) -> Line:
+        return Line(label, tuple((row["second"], row[name] * scale) for row in rows))
+
+    seconds = rows[-1]["second"]
+    shown = LineChart(
+        "Replicas and nodes follow the traffic",
+        (line("replicas that answer", "replicas"), line("nodes with a GPU", "nodes")),
+        "seconds",
+        "count",
+        from_zero=True,
+        note="One client, then twelve, then nobody, then one request; nodes are added and taken by Ray's autoscaler.",
+    )
+    answers = LineChart(
+        "Answers", (line("answers per second", "answers", 2.0),), "seconds", "answers / s", from_zero=True
+    )
+    tiles = (
+        Tile("most replicas", str(max(row["replicas"] for row in rows))),
+        Tile("requests answered", str(answered)),
+        Tile("requests lost", str(len(failed))),
+        Tile("seconds", f"{seconds:.0f}"),
+    )
+    subtitle = "An endpoint on Ray Serve, 1 → 4 → 0 → 1 replicas on a cluster of declared GPUs"
+    return Report("Autoscaling", subtitle, tiles, (shown, answers))
 
 
 if __name__ == "__main__":
