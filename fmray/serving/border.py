@@ -325,8 +325,6 @@ async def _nothing() -> Message:
 
 def _check_content_type(method: str, headers: Headers) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not kind and "transfer-encoding" not in headers and headers.get("content-length", "0") == "0":
-        return  # nothing is sent, so it is of no kind: the route says what it misses
     if method == "POST" and kind != "application/json":
         raise RequestError(415, "unsupported_media_type", "send JSON with content-type: application/json")
 
