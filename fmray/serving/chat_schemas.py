@@ -56,9 +56,9 @@ class Message(Body):
         BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None),
     ]
     """A text, or texts and pictures in their order. What is a picture is said by the part: a text `<image>` is a text."""
-    tool_calls: Any = None
+    tool_calls: Annotated[Any, Field(json_schema_extra={"enum": [None, []]})] = None
     """Refused: this server calls no tools."""
-    function_call: Any = None
+    function_call: Annotated[Any, Field(json_schema_extra={"enum": [None]})] = None
     """Refused, likewise."""
 
 
@@ -71,6 +71,33 @@ class StreamOptions(Body):
 
     include_usage: StrictBool = False
     """A last chunk without choices says how many tokens there were."""
+
+
+TOOLS = "this server calls no tools; leave it out"
+PENALTY = "penalties are not built; leave it out"
+
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "n": ((1,), "one answer per request; send 1, and more requests for more answers"),
+    "logit_bias": (({},), "it is not built; leave it out"),
+    "frequency_penalty": ((0,), PENALTY),
+    "presence_penalty": ((0,), PENALTY),
+    "repetition_penalty": ((1,), PENALTY),
+    "min_tokens": ((0,), "it is not built; leave it out"),
+    "tools": (([],), TOOLS),
+    "tool_choice": (("none", "auto"), TOOLS),
+    "functions": (([],), TOOLS),
+    "function_call": (("none", "auto"), TOOLS),
+    "response_format": (({"type": "text"},), "answers are plain text; send {'type': 'text'}"),
+    "modalities": ((["text"],), "answers are text; send ['text']"),
+    "audio": ((), "answers are text; leave it out"),
+    "web_search_options": ((), "nothing is searched; leave it out"),
+}
+"""Options that would change an answer and are not built: the values that change nothing, and the cure for others."""
+
+
+def _refused(name: str) -> Any:
+    """An option whose document shows the values that change nothing."""
+    return Field(default=None, json_schema_extra={"enum": [None, *REFUSED[name][0]]})
 
 
 class ChatRequest(Body):
@@ -128,20 +155,20 @@ class ChatRequest(Body):
     """Server-sent events, a token each, the last of them `[DONE]`."""
     stream_options: StreamOptions | None = None
     """How to stream."""
-    n: Any = None
-    logit_bias: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    repetition_penalty: Any = None
-    min_tokens: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    response_format: Any = None
-    modalities: Any = None
-    audio: Any = None
-    web_search_options: Any = None
+    n: Any = _refused("n")
+    logit_bias: Any = _refused("logit_bias")
+    frequency_penalty: Any = _refused("frequency_penalty")
+    presence_penalty: Any = _refused("presence_penalty")
+    repetition_penalty: Any = _refused("repetition_penalty")
+    min_tokens: Any = _refused("min_tokens")
+    tools: Any = _refused("tools")
+    tool_choice: Any = _refused("tool_choice")
+    functions: Any = _refused("functions")
+    function_call: Any = _refused("function_call")
+    response_format: Any = _refused("response_format")
+    modalities: Any = _refused("modalities")
+    audio: Any = _refused("audio")
+    web_search_options: Any = _refused("web_search_options")
 
     @property
     def longest(self) -> tuple[int | None, str]:
@@ -151,28 +178,6 @@ class ChatRequest(Body):
             message = f"max_tokens={old} and max_completion_tokens={new} are two names of one limit; send one of them"
             raise RequestError(400, "invalid_value", message, "max_tokens")
         return (old, "max_tokens") if new is None else (new, "max_completion_tokens")
-
-
-TOOLS = "this server calls no tools; leave it out"
-PENALTY = "penalties are not built; leave it out"
-
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "n": ((1,), "one answer per request; send 1, and more requests for more answers"),
-    "logit_bias": (({},), "it is not built; leave it out"),
-    "frequency_penalty": ((0,), PENALTY),
-    "presence_penalty": ((0,), PENALTY),
-    "repetition_penalty": ((1,), PENALTY),
-    "min_tokens": ((0,), "it is not built; leave it out"),
-    "tools": (([],), TOOLS),
-    "tool_choice": (("none", "auto"), TOOLS),
-    "functions": (([],), TOOLS),
-    "function_call": (("none", "auto"), TOOLS),
-    "response_format": (({"type": "text"},), "answers are plain text; send {'type': 'text'}"),
-    "modalities": ((["text"],), "answers are text; send ['text']"),
-    "audio": ((), "answers are text; leave it out"),
-    "web_search_options": ((), "nothing is searched; leave it out"),
-}
-"""Options that would change an answer and are not built: the values that change nothing, and the cure for others."""
 
 
 def check_options(body: ChatRequest) -> None:

@@ -65,7 +65,7 @@ def read_conversation(
     reader = _Reader(limits, fetched or {})
     for position, message in enumerate(messages):
         name = f"messages[{position}]"
-        if message.tool_calls or message.function_call:
+        if message.tool_calls not in (None, []) or message.function_call is not None:
             raise RequestError(400, "unsupported_parameter", f"{name}: this server calls no tools", name)
         if not message.content:
             raise RequestError(400, "missing_required_parameter", f"{name} has no content", name)
