@@ -50,7 +50,7 @@ class HnswConfig(Section):
     """Neighbours of each vector (M); twice as many in the lowest layer."""
     build: Annotated[int, Field(ge=8, le=4096)] = 200
     """Candidates held while a vector is linked in (efConstruction)."""
-    search: Annotated[int, Field(ge=8, le=4096)] = 128
+    search: Annotated[int, Field(ge=8, le=4096)] = 256
     """Candidates held while a query is answered (efSearch): more finds more and takes longer."""
 
 

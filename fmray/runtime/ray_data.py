@@ -7,13 +7,13 @@ are slower, restarts an actor that dies and gives what it had to another.
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import ray
 import ray.data
-import ray.exceptions
 
 from fmray.config.base import RuntimeConfig
 from fmray.errors import FmrayError
@@ -49,7 +49,7 @@ def mapped_on_ray(
         sent = ray.put(source)
 
         def read_row(row: dict[str, Any]) -> dict[str, Any]:
-            return {"part": row["part"], "content": read(_fetched(sent), row["part"])}
+            return _told(row["part"], lambda: read(_fetched(sent), row["part"]))
 
         rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
         rows.context.enable_progress_bars = False
@@ -63,33 +63,36 @@ def mapped_on_ray(
             num_cpus=runtime.cpus_per_worker,
             num_gpus=runtime.gpus_per_worker or None,
         )
-        try:
-            for row in rows.iter_rows():
-                yield int(row["part"]), row["content"]
-        except ray.exceptions.RayError as error:
-            raise _ours(error) from None
+        for row in rows.iter_rows():
+            if row["error"]:
+                raise pickle.loads(row["error"])
+            yield int(row["part"]), row["content"]
+
+
+def _told(part: int, work: Callable[[], bytes]) -> dict[str, Any]:
+    """What came of a part. Our own errors travel as rows: of what a task raises, Ray Data hands on no more than the text."""
+    try:
+        return {"part": part, "content": work(), "error": b""}
+    except FmrayError as error:
+        return {"part": part, "content": b"", "error": pickle.dumps(error)}
 
 
 class _Worker:
-    """An actor."""
+    """An actor; it builds at its first part, where an error can be told."""
 
     def __init__(self, build: Callable[[], Callable[[bytes], bytes]]) -> None:
-        self._work = build()
+        self._build = build
+        self._work: Callable[[bytes], bytes] | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"part": row["part"], "content": self._work(row["content"])}
+        return row if row["error"] else _told(row["part"], lambda: self._worked(row["content"]))
+
+    def _worked(self, content: bytes) -> bytes:
+        if self._work is None:
+            self._work = self._build()
+        return self._work(content)
 
 
 @lru_cache(maxsize=1)
 def _fetched(source: Any) -> Any:
     return ray.get(source)
-
-
-def _ours(error: BaseException) -> BaseException:
-    """The fmray error that a task ended with, if there was one: a person's mistake ends in one line."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, FmrayError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return error

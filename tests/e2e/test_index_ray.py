@@ -10,9 +10,8 @@ import pytest
 
 from fmray.config.index import IndexConfig
 from fmray.config.loading import validate
-from fmray.errors import CheckpointError, DataError, ResourceError
+from fmray.errors import DataError, ResourceError
 from fmray.pipeline.index import build_index
-from fmray.runtime.ray_data import mapped_on_ray
 from fmray.serving.index_store import open_index
 from tests.endpoint import picture, save_tiny_checkpoint
 
@@ -70,25 +69,3 @@ def test_a_mistake_on_ray_ends_in_the_same_line(ray_session: None, tmp_path: Pat
         ResourceError, match=r"runtime.workers=400 and a task that decodes need 401 CPU, but the cluster"
     ):
         build_index(on_ray.replace(runtime=on_ray.runtime.replace(workers=400)))
-
-
-def failing() -> Any:
-    raise CheckpointError("the model cannot be loaded here")
-
-
-def letters(source: str, part: int) -> bytes:
-    return source[part].encode()
-
-
-def shouting() -> Any:
-    return lambda content: content.upper()
-
-
-def test_parts_come_back_with_their_numbers_and_errors_as_they_were_raised(
-    ray_session: None, tmp_path: Path
-) -> None:
-    _, config = configs(tmp_path)
-    made = dict(mapped_on_ray([0, 2, 3], letters, "abcd", shouting, config.runtime))
-    assert made == {0: b"A", 2: b"C", 3: b"D"}
-    with pytest.raises(CheckpointError, match=r"^the model cannot be loaded here$"):
-        list(mapped_on_ray([0], letters, "abcd", failing, config.runtime))
