@@ -13,11 +13,13 @@ from typing import Any
 import fsspec
 import torch
 from fastapi import FastAPI
+from transformers import PreTrainedModel
 
 from fmray.config.serving import ServeConfig
 from fmray.errors import CheckpointError
 from fmray.manifest import find_model_folder
 from fmray.models.answering import load_answering
+from fmray.models.packed import pack_for_answers
 from fmray.models.saved import load_dual_encoder
 from fmray.runtime.context import choose_device
 from fmray.serving.app import build_app
@@ -111,12 +113,23 @@ def open_engine(location: str, config: ServeConfig) -> Engine:
     device, max_pixels = choose_device(config.runtime.device), int(config.max_image_megapixels * 1e6)
     engine: Engine
     if kind == "clip":
-        engine = ClipEngine(load_dual_encoder(location, device), max_pixels=max_pixels)
+        loaded = load_dual_encoder(location, device)
+        _pack_towers(loaded.model)
+        engine = ClipEngine(loaded, max_pixels=max_pixels)
     else:
         with _on_disk(location) as folder:
-            engine = AnswerEngine(load_answering(folder, device), kind, max_pixels=max_pixels)
+            answering = load_answering(folder, device)
+        _pack_towers(answering.model)
+        engine = AnswerEngine(answering, kind, max_pixels=max_pixels)
     engine.warmup()
     return engine
+
+
+def _pack_towers(model: PreTrainedModel) -> None:
+    """What looks and what reads questions; what speaks lays its matrices out by itself (`models.decoding`)."""
+    for name in ("vision", "text"):
+        if (tower := getattr(model, name, None)) is not None:
+            pack_for_answers(tower)
 
 
 def served_model(
