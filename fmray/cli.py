@@ -175,16 +175,18 @@ def assets(arguments: Arguments) -> int:
 
 
 def benchmark(arguments: Arguments) -> int:
-    """Measure fmray beside a peer in one run: `fmray benchmark clip|ppo|vqa [--quick] [--parts …] [--results FILE]`."""
+    """Measure fmray beside a peer in one run: `fmray benchmark clip|ppo|vqa|serve [--quick] [--parts …] [--results FILE]`."""
     name = arguments[0] if arguments else ""
     if name == "clip":
         from fmray.benchmarks.clip import run_clip as run
     elif name == "ppo":
         from fmray.benchmarks.ppo import run_ppo as run
+    elif name == "serve":
+        from fmray.benchmarks.serve import run_serve as run
     elif name == "vqa":
         from fmray.benchmarks.vqa import run_vqa as run
     else:
-        cure = "write 'clip', 'ppo' or 'vqa', and --help after it for its options"
+        cure = "write 'clip', 'ppo', 'vqa' or 'serve', and --help after it for its options"
         raise ConfigError("benchmark", " ".join(arguments), cure)
     for row in run(arguments[1:]):
         say("  ".join(cell for cell in row.cells if cell))
