@@ -95,8 +95,9 @@ class ChatRoutes:
 
     def add_to(self, router: APIRouter) -> None:
         """This route."""
-        events = {EVENTS: {"schema": {"type": "string", "description": "`ChatChunk` objects, a token each"}}}
-        told: dict[int | str, dict[str, Any]] = {200: {"content": events}}
+        data = {"type": "string", "description": "A `ChatChunk`, a token each; the last one is `[DONE]`."}
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        told: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {"schema": event}}}}
         router.post("/v1/chat/completions", response_model=ChatReply, responses=told)(self.completions)
 
     async def completions(self, body: ChatRequest, request: Request) -> Response:

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, FailFast, Field, StrictBool, StrictInt, Tag
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+)
 from pydantic_core import PydanticCustomError
 
 from fmray.errors import RequestError
-from fmray.serving.schemas import EXAMPLE_PICTURE, MOST_ITEMS, Body, ImageUrlPart, Text, TextPart
+from fmray.serving.schemas import (
+    EXAMPLE_PICTURE,
+    MOST_ITEMS,
+    WHOLE,
+    Body,
+    ImageUrlPart,
+    Text,
+    TextPart,
+    valid_unicode,
+)
 
 MOST_STOPS = 4
 """Stop sequences of one request, as at OpenAI."""
@@ -60,6 +80,10 @@ class Message(Body):
     """Refused: this server calls no tools."""
     function_call: Annotated[Any, Field(json_schema_extra={"enum": [None]})] = None
     """Refused, likewise."""
+
+
+Stop = Annotated[StrictStr, Field(min_length=1, max_length=200), AfterValidator(valid_unicode)]
+Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS)]
 
 
 def _as_stops(value: Any) -> Any:
@@ -131,25 +155,25 @@ class ChatRequest(Body):
     """Id of the served model."""
     messages: Annotated[list[Message], FailFast(), Field(max_length=MOST_ITEMS)]
     """User and assistant in turns, the user's last; before them at most one system message."""
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=2**31), WHOLE] | None = None
     """Longest answer; None: the model's own."""
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1, le=2**31), WHOLE] | None = None
     """Its older name."""
     temperature: Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)] | None = None
     """0 or left out (which is 1 elsewhere): the likeliest token always. More: tokens are drawn."""
     top_p: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
     """Share of the probability that is drawn from, the likeliest tokens first; changes nothing at temperature 0."""
-    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     """The same request with the same seed has the same answer; None: another one each time, where tokens are drawn."""
     stop: Annotated[
-        list[Annotated[Text, Field(min_length=1, max_length=200)]] | None,
+        list[Stop] | None,
         Field(max_length=MOST_STOPS),
-        BeforeValidator(_as_stops, json_schema_input_type=str | list[str] | None),
+        BeforeValidator(_as_stops, json_schema_input_type=Stop | Stops | None),
     ] = None
     """Up to four texts at the first of which the answer ends; it is not part of it."""
     logprobs: StrictBool | None = None
     """Tell each token's log-probability, of the model's own distribution."""
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20), WHOLE] | None = None
     """And those of the likeliest tokens beside it; needs `logprobs`."""
     stream: StrictBool | None = None
     """Server-sent events, a token each, the last of them `[DONE]`."""

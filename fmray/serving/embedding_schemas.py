@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, FailFast, Field, StrictBool, StrictInt
 
 from fmray.serving.chat_schemas import Message
-from fmray.serving.schemas import EXAMPLE_PICTURE, MOST_ITEMS, Body, Items, Strings, Text, Usage
+from fmray.serving.schemas import EXAMPLE_PICTURE, MOST_ITEMS, WHOLE, Body, Items, Strings, Text, Usage
 
 
 class EmbeddingsRequest(Body):
@@ -35,7 +35,7 @@ class EmbeddingsRequest(Body):
     """vLLM's form for one embedding: one user's message that holds a text or an image."""
     encoding_format: Literal["float", "base64"] = "float"
     """`base64`: little-endian float32, what the openai client asks for by default."""
-    dimensions: Annotated[StrictInt, Field(ge=1)] | None = None
+    dimensions: Annotated[StrictInt, Field(ge=1), WHOLE] | None = None
     """Keep this many leading numbers and scale the rest to norm 1 again."""
     modality: Literal["auto", "text", "image"] = "auto"
     """What plain strings are; `auto`: an image where they are a `data:` URL (Infinity's field)."""
@@ -71,7 +71,7 @@ class ClassifyRequest(Body):
     """Different, non-empty names."""
     template: Strings = Field(default=["a photo of a {}"])
     """Sentence around a label, `{}` standing for it; several: the mean of their unit vectors (ensemble)."""
-    top_k: Annotated[StrictInt, Field(ge=1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=1), WHOLE] | None = None
     """Only the best labels in `probs`; None: all."""
     multi_label: StrictBool = False
     """False: probabilities over all labels sum to 1. True: each label by itself, as a sigmoid of its logit

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StrictInt
 
-from fmray.serving.schemas import EXAMPLE_PICTURE, Body, Item, Items, Text, Usage
+from fmray.serving.schemas import EXAMPLE_PICTURE, WHOLE, Body, Item, Items, Text, Usage
 
 
 class RerankRequest(Body):
@@ -32,7 +32,7 @@ class RerankRequest(Body):
     """A text or a picture."""
     documents: Items
     """Texts and pictures in any mixture."""
-    top_n: Annotated[StrictInt, Field(ge=1)] | None = None
+    top_n: Annotated[StrictInt, Field(ge=1), WHOLE] | None = None
     """Only the best; None: all."""
     return_documents: StrictBool = False
     """Texts come back beside their scores; pictures do not."""

@@ -19,14 +19,23 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 
-def _valid_unicode(text: str) -> str:
+def valid_unicode(text: str) -> str:
+    """Raises PydanticCustomError."""
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise PydanticCustomError("invalid_value", "half a surrogate pair is not text")
     return text
 
 
-Text = Annotated[StrictStr, AfterValidator(_valid_unicode)]
+Text = Annotated[StrictStr, AfterValidator(valid_unicode)]
 """A string that can be encoded: JSON can spell some that cannot."""
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+WHOLE = BeforeValidator(_whole)
+"""Beside StrictInt: 5.0 is a whole number too, as in JSON's schemas. Behind its bounds, which are not in the document else."""
 
 JSON = "application/json"
 """The media type of a reply that is serialised where it is made, off the event loop."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictInt
 
-from fmray.serving.schemas import Body, Item, Text, Usage
+from fmray.serving.schemas import WHOLE, Body, Item, Text, Usage
 
 MOST_HITS = 100
 MOST_CAPTIONS = 1000
@@ -36,7 +36,7 @@ class SearchRequest(Body):
     """Id of the model that made the index; may be left out."""
     index: Text | None = None
     """Name of the index (`GET /v1/indexes`); may be left out where there is one."""
-    top_k: Annotated[StrictInt, Field(ge=1, le=MOST_HITS)] = 10
+    top_k: Annotated[StrictInt, Field(ge=1, le=MOST_HITS), WHOLE] = 10
     """How many pictures at most."""
     filter: SearchFilter | None = None
     """Search among some of the pictures only."""
