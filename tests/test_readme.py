@@ -12,6 +12,7 @@ import pytest
 from fmray.cli import DOORS
 from fmray.config.demo import DemoConfig
 from fmray.config.demo_recipes import DEMO_RECIPES
+from fmray.config.index import IndexConfig
 from fmray.config.loading import load_config, load_task
 from fmray.config.recipes import SERVE_RECIPES
 from fmray.config.reward import RewardModelConfig
@@ -33,6 +34,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "sweep": lambda words: swept(load_config(SweepConfig, SWEEP_RECIPES, words, door="sweep")),
     "demo": lambda words: load_config(DemoConfig, DEMO_RECIPES, ["--recipe", "demo", *words], door="demo"),
     "evaluate": lambda words: load_task(EVALUATE_TASKS, words, door="evaluate"),
+    "index": lambda words: load_config(IndexConfig, {}, words, door="index"),
     "serve": lambda words: load_config(ServeConfig, SERVE_RECIPES, words, door="serve"),
 }
 

@@ -223,6 +223,11 @@ class Border:
         request_id = asked if REQUEST_ID.fullmatch(asked) else f"req_{uuid.uuid4().hex}"
         scope["state"].update(request_id=request_id, key_name="-")
         visit = _Visit(scope, send, request_id)
+        if scope["path"] and scope["path"] == scope.get(
+            "root_path"
+        ):  # a prefix: what a page names is below its slash
+            headers_there = {"location": f"{scope['path']}/"}
+            return await Response(status_code=307, headers=headers_there)(scope, _nothing, visit.answer)
         try:
             await self._answer(visit, headers, receive)
         finally:  # also of an answer that broke off, and of one that the server's end has cut short
