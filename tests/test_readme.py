@@ -1,4 +1,4 @@
-"""What the README says is true: its commands parse, its map names what is there, its figures' places exist."""
+"""What README and runbook say is true: their commands parse, its map names what is there, its figures' places exist."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fmray.checks.files import check_files, read_order
 from fmray.cli import DOORS
 from fmray.config.demo import DemoConfig
 from fmray.config.demo_recipes import DEMO_RECIPES
@@ -23,9 +24,11 @@ from fmray.config.serving import ServeConfig
 from fmray.config.sweep import SweepConfig
 from fmray.config.sweep_recipes import SWEEP_RECIPES
 from fmray.config.tasks import EVALUATE_TASKS, PRETRAIN_TASKS
+from fmray.serving.keys import run_keys
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNBOOK = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "pretrain": lambda words: load_task(PRETRAIN_TASKS, words, door="pretrain"),
@@ -36,7 +39,25 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "evaluate": lambda words: load_task(EVALUATE_TASKS, words, door="evaluate"),
     "index": lambda words: load_config(IndexConfig, {}, words, door="index"),
     "serve": lambda words: load_config(ServeConfig, SERVE_RECIPES, words, door="serve"),
+    "keys": lambda words: keyed(words),
+    "check": lambda words: checked(words),
 }
+
+
+def keyed(words: list[str]) -> None:
+    """On a file of the test's folder, which knows the name where the command needs it."""
+    verb, name = words[0], words[1]
+    if verb == "remove":
+        run_keys(["add", name, *words[2:]])
+    elif verb == "list":
+        run_keys(["add", "somebody", *words[1:]])
+    assert run_keys(words)
+
+
+def checked(words: list[str]) -> None:
+    """The shipped files have no finding."""
+    order = read_order([str(ROOT / word) if "/" in word else word for word in words])
+    assert check_files(order, tuple(DOORS)) == []
 
 
 def swept(sweep: SweepConfig) -> None:
@@ -50,7 +71,7 @@ def swept(sweep: SweepConfig) -> None:
 
 def commands() -> list[str]:
     """`fmray …` and `python jobs/….py …` lines of the code blocks, and in single back-ticks where they are whole."""
-    text = README.replace("\\\n", " ")
+    text = f"{README}\n{RUNBOOK}".replace("\\\n", " ")
     blocks = (
         "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.DOTALL))
         + "\n"
