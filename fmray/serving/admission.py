@@ -7,18 +7,22 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
 from fmray.config.serving import BatchConfig
 from fmray.errors import RequestError
 from fmray.serving.metrics import Meters
+from fmray.serving.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 Value = TypeVar("Value")
+
+_REQUEST: ContextVar[object] = ContextVar("_REQUEST", default=None)
+"""Which request is held, for the tasks that it begins too."""
 
 MIB = 2**20
 CLOSED = "this replica is shutting down; send the request again"
@@ -35,7 +39,7 @@ class Admission:
         self.last_answer = -math.inf
         """When the model last answered anything, by `time.monotonic`."""
         threads = config.prepare_threads or max(2, os.cpu_count() or 1)
-        self._cpu = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="prepare")
+        self._cpu = Turns(threads)
 
     @property
     def empty(self) -> bool:
@@ -66,9 +70,11 @@ class Admission:
             message = f"{self._items} items wait for {self.name!r} and no more may; try again later"
             raise RequestError(429, "overloaded", message, retry_after=self.retry_after)
         self._change(items, size)
+        _REQUEST.set(object())
         try:
             yield
         finally:
+            _REQUEST.set(None)  # not reset: a stream may end in another task than it began in
             self._change(-items, -size)
 
     @property
@@ -105,10 +111,10 @@ class Admission:
             raise RequestError(504, "deadline_exceeded", message, retry_after=self.retry_after) from None
 
     async def on_cpu(self, work: Callable[..., Value], *arguments: object) -> Value:
-        """Any CPU work of a request, in the pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._cpu, work, *arguments)
+        """Any CPU work of a request, in the pool; what belongs to one that is held shares its turns."""
+        return await self._cpu.run(_REQUEST.get() or object(), work, *arguments)
 
     def close(self) -> None:
         """Let nobody in any more and end the threads."""
         self.closed = True
-        self._cpu.shutdown(wait=False, cancel_futures=True)
+        self._cpu.close()
