@@ -116,7 +116,8 @@ def metrics_sink(table: Mapping[str, MetricFacts]) -> Callable[[str, float, dict
 
     def tell(name: str, value: float, labels: dict[str, str]) -> None:
         if name in counters:
-            counters[name].inc(value, labels)
+            if value > 0:  # Ray refuses to count nothing
+                counters[name].inc(value, labels)
         elif name in gauges:
             gauges[name].set(value, labels)
         else:

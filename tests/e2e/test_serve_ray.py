@@ -124,11 +124,12 @@ def test_a_killed_replica_under_load_costs_a_retrying_client_nothing(
     import ray
     from ray.util.state import list_actors
 
+    address = ray.get_runtime_context().gcs_address
     deploy({"checkpoint": checkpoints[0]}, num_replicas=2)
     expected, asking = vector(url), Asking(url, clients=4)
 
     def replicas() -> list[Any]:
-        found = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
+        found = list_actors(address, filters=[("state", "=", "ALIVE")], detail=True)
         return [each for each in found if f"SERVE_REPLICA::{NAME}#" in (each.name or "")]
 
     with asking.on():
