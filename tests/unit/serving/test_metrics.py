@@ -1,4 +1,4 @@
-"""The table of metrics: what counts into it, that an endpoint moves every row, that dashboard and alerts ask for what is there."""
+"""The table of metrics: what counts into it, that an endpoint moves each row, that dashboard and alerts know what there is."""
 
 from __future__ import annotations
 
