@@ -109,5 +109,6 @@ def _border(config: ServeConfig, meters: Meters, tracer: Tracer | None) -> dict[
         "deadline_seconds": config.batch.deadline_seconds,
         "body_seconds": access.body_seconds,
         "address_header": access.address_header,
+        "most_inside": config.batch.queue_items * len(config.places),
         "finished": finished,
     }
