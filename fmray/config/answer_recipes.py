@@ -140,7 +140,7 @@ def mllm_output() -> AnswersConfig:
         ),
         parts={"vision": PartConfig(train="none"), "output": PartConfig(lr=1e-3)},
         optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.0, warmup_steps=20),
-        train=TrainConfig(steps=450, log_every=10, checkpoint_every=150),
+        train=TrainConfig(steps=510, log_every=10, checkpoint_every=170),
         evaluate=AnswerEvaluateConfig(),
     )
 

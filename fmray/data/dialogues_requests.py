@@ -57,6 +57,8 @@ TEMPLATES: dict[str, dict[Split, tuple[str, ...]]] = {
             *("no drawing, only its name", "what would you call this?", "give it a name, sketch nothing"),
             *("which thing is in the picture?", "without a new picture: what is that?", "put it into words"),
             *("do not show me another one, name it", "please write down what the image shows"),
+            # seeing is not always asking to be shown
+            *("what can be seen here?", "can you see what this is?", "tell me about the picture"),
         ),
         "test": ("tell me what you see", "do not paint anything, say what this is"),
     },
