@@ -20,6 +20,7 @@ from fmray.benchmarks.serve_models import (
     write_clip,
     write_emoji_clip,
     write_llm,
+    write_plain_emoji_clip,
     write_vqa,
 )
 from fmray.benchmarks.serve_processes import Server, cores
@@ -95,6 +96,14 @@ class ServeBench:
             return given
         write_emoji_clip(self.folder / "emoji", real=self.sizes.real)
         return self.folder / "emoji"
+
+    @cached_property
+    def plain_emoji(self) -> Path:
+        """What plain transformers makes of the small emoji CLIP; a given checkpoint, and a tiny one, are what they are."""
+        if "emoji" in self.given or not self.sizes.real:
+            return self.emoji
+        write_plain_emoji_clip(self.folder / "plain_emoji")
+        return self.folder / "plain_emoji"
 
     @cached_property
     def vqa(self) -> Path:

@@ -103,7 +103,7 @@ def _small(bench: ServeBench) -> list[Row]:
     plain_bodies = [json.dumps({"input": url}).encode() for url in data_urls(bench.drawings)]
     with ExitStack() as stack:
         ours = stack.enter_context(our_server(bench.emoji, core))
-        plain = stack.enter_context(plain_server(bench.emoji, core))
+        plain = stack.enter_context(plain_server(bench.plain_emoji, core))
         bare: Side = stack.enter_context(bare_side())
         full = bare.ask("prepare", model=str(bench.emoji), pictures=str(bench.drawings), core=core)
         bench.closed(ours, EMBEDDINGS, bodies, 2 * sizes.clients)

@@ -9,8 +9,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
 
+from fmray.assets import fetch
 from fmray.benchmarks.vqa_bench import made_up, tiny_vqa, write_tiny_models
 from fmray.benchmarks.workbench import END, START
 from fmray.config.answer_recipes import vqa_easy
@@ -23,6 +31,7 @@ from fmray.models.clip import build_dual_encoder
 from fmray.models.mllm_answering import build_mllm
 from fmray.models.preparation import save_picture_preparation
 from fmray.models.saved import save_dual_encoder
+from fmray.models.towers import tower_width
 from fmray.models.vqa_answering import build_vqa
 
 EMOJI_SIDE = 96
@@ -65,6 +74,23 @@ def write_emoji_clip(folder: Path, *, real: bool) -> None:
         changes["warm_start"] = "none"
     model, tokenizer = build_dual_encoder(recipe.model.replace(**changes), recipe.objective, recipe.data)
     save_dual_encoder(model.eval(), tokenizer, folder)
+
+
+def write_plain_emoji_clip(folder: Path) -> None:
+    """The same towers as transformers keeps them, BatchNorm and all: a VisionTextDualEncoderModel, for pictures of 96 pixels."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    vision, text = (AutoModel.from_pretrained(fetch(name)) for name in ("mobilenet_v2", "minilm"))
+    vision.config.hidden_size = tower_width(vision.config)  # the class asks for it by this name
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision.config, text.config, projection_dim=clip_emoji().model.embed_dim
+    )
+    model = VisionTextDualEncoderModel(config, vision_model=vision, text_model=text)
+    config.architectures = ["VisionTextDualEncoderModel"]
+    config.save_pretrained(folder)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_picture_preparation(ImageConfig(size=EMOJI_SIDE, fit="crop", normalize="imagenet"), folder)
 
 
 def write_vqa(folder: Path, questions: DialogueSource, scratch: Path, *, real: bool) -> None:

@@ -32,6 +32,7 @@ def build(folder: str) -> FastAPI:
     own = hasattr(model, "encode_image")
     app = FastAPI()
 
+    # `def`, not `async def`: FastAPI then answers in its threads, as its documentation says of work that blocks
     def embed(body: Picture) -> dict[str, list[float]]:
         encoded = base64.b64decode(body.input.partition(",")[2])
         picture = Image.open(io.BytesIO(encoded)).convert("RGB")
