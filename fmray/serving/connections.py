@@ -13,6 +13,8 @@ MOST_HEAD = 32 * 2**10
 h11 bounds what it has to keep: the same number and one read."""
 HEAD_SECONDS = 20.0
 """In which the first request's head has to be there; later ones have uvicorn's keep-alive time."""
+STALL_SECONDS = 60.0
+"""In which somebody who reads slowly has to have taken what waits for him, some 64 KiB beside the system's own buffers."""
 MOST_LEFT_OVER = 64 * 2**20
 """Bytes of a refused body that are still read, so that a client which sends first and reads then gets to see its answer."""
 
@@ -52,10 +54,28 @@ def uvicorn_settings() -> dict[str, Any]:
     }
 
 
+class _Impatient:
+    """Ends a connection whose client asks and does not read: uvicorn would hold the answer, and a stream's model, for ever."""
+
+    _stalled: asyncio.TimerHandle | None = None
+    transport: asyncio.Transport
+
+    def pause_writing(self) -> None:
+        """The buffer is full."""
+        super().pause_writing()  # type: ignore[misc]
+        self._stalled = asyncio.get_running_loop().call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It is empty enough again."""
+        super().resume_writing()  # type: ignore[misc]
+        if self._stalled is not None:
+            self._stalled.cancel()
+
+
 def _bounded_h11() -> type[Any]:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class BoundedH11(H11Protocol):  # type: ignore[misc]
+    class BoundedH11(_Impatient, H11Protocol):  # type: ignore[misc]
         """h11 counts what it keeps itself."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:
@@ -72,7 +92,7 @@ def _bounded_h11() -> type[Any]:
 def _bounded_httptools() -> type[Any]:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-    class BoundedHttpTools(HttpToolsProtocol):  # type: ignore[misc]
+    class BoundedHttpTools(_Impatient, HttpToolsProtocol):  # type: ignore[misc]
         """Counts what arrives between a request's first byte and its last header."""
 
         _in_head, _head, _seen, _left_over = True, 0, 0, 0
