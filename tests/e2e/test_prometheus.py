@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 
 from fmray.config.serving import ServeConfig
 from fmray.runtime.ports import free_port
+from fmray.serving.metrics import METRICS
 from fmray.serving.opening import Endpoint
 from tests.dashboards import ALERTS, PROMETHEUS, Query, alert_queries, dashboard, panel_queries
 from tests.endpoint import data_url, picture, save_answering, save_tiny_checkpoint, serving
@@ -31,7 +33,7 @@ RED = data_url(picture("red"))
 WINDOW = "20s"
 """For Grafana's own, which is at least four scrapes."""
 RAY_ALONE = ("Replicas", "Requests under way", "Failures of replicas", "GPUs")
-"""Panels of which a endpoint without Ray shows nothing."""
+"""Panels of which an endpoint without Ray shows nothing."""
 
 
 def traffic(url: str) -> None:
@@ -67,17 +69,16 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
-def prometheus(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """The shipped configuration with this endpoint as its target, scraped each second."""
-    folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
+@contextmanager
+def prometheus_of(job: str, target: str, folder: Path) -> Iterator[httpx.Client]:
+    """A Prometheus with the shipped configuration, of which one job remains, with this target, scraped each second."""
+    port = free_port()
     config = yaml.safe_load(PROMETHEUS.read_text(encoding="utf-8"))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(ALERTS)]
-    [local, ray] = config["scrape_configs"]
-    assert (local["job_name"], ray["job_name"]) == ("fmray", "ray")
-    local["static_configs"] = [{"targets": [url.removeprefix("http://")]}]
-    config["scrape_configs"] = [local]
+    [kept] = [each for each in config["scrape_configs"] if each["job_name"] == job]
+    kept.pop("http_sd_configs", None)
+    config["scrape_configs"] = [{**kept, "static_configs": [{"targets": [target]}]}]
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
     command = [
         "prometheus",
@@ -89,11 +90,18 @@ def prometheus(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[h
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
                 _wait_until_ready(client, process, folder / "log")
-                _send_until_seen(client, url)
                 yield client
         finally:
             process.terminate()
             process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def prometheus(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    folder = tmp_path_factory.mktemp("prometheus")
+    with prometheus_of("fmray", url.removeprefix("http://"), folder) as client:
+        _send_until_seen(client, url)
+        yield client
 
 
 def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -169,3 +177,36 @@ def test_variables_of_the_dashboard_find_their_values(prometheus: httpx.Client) 
     selector = variable["definition"].removeprefix("label_values(").rpartition(",")[0]
     reply = prometheus.get("/api/v1/label/model/values", params={"match[]": selector}).json()
     assert reply["data"] == ["clip", "vqa"]
+
+
+@pytest.mark.ray
+def test_the_same_queries_find_what_rays_exporter_tells(ray_session: None, tmp_path: Path) -> None:
+    import ray
+
+    from fmray.runtime.ray_serve import metrics_sink
+
+    node, sink = ray.nodes()[0], metrics_sink(METRICS)
+    values = {"code": "500", "reason": "overloaded", "direction": "said", "outcome": "ok"}
+    rows = {
+        name: {label: values.get(label, "m") for label in metric.labels} for name, metric in METRICS.items()
+    }
+    rows["fmray_requests_total"] = {"route": "/v1/embeddings", "code": "500"}
+    rows["fmray_request_seconds"] = {"route": "/v1/embeddings"}
+    # none of them is Ray's own: those are tested by their names
+    missing = [query for query in panel_queries() if not query.rays]
+    window = "60s"  # Ray's processes report every ten seconds
+    target = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+    with prometheus_of("ray", target, tmp_path) as client:
+        deadline = time.monotonic() + 120
+        while missing and time.monotonic() < deadline:
+            for name, labels in rows.items():
+                sink(name, 0.3, labels)
+            time.sleep(2)
+            texts = [query.text.replace("$__rate_interval", window) for query in missing]
+            found = [
+                ask(client, text.replace("$application", ".*").replace("$model", ".*")) for text in texts
+            ]
+            missing = [query for query, series in zip(missing, found, strict=True) if not series]
+        assert missing == []
+        for query in alert_queries():
+            ask(client, query.text)
