@@ -18,6 +18,7 @@ from fmray.config.serving import BatchConfig
 from fmray.errors import RequestError
 from fmray.serving.admission import CLOSED, Admission
 from fmray.serving.engines import BatchEngine, Prepared, is_out_of_memory
+from fmray.serving.finished import note_stage
 from fmray.serving.metrics import Meters
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class Batcher(Generic[Ask, Reply]):
         started = perf_counter()
         items = await self.admission.on_cpu(self._prepare, asks)
         prepared_at = perf_counter()
+        note_stage("prepare", started, prepared_at, self._name)
         for _ in items:
             self._meters.observe(
                 "fmray_prepare_seconds", (prepared_at - started) / len(items), model=self._name
@@ -140,6 +142,9 @@ class Batcher(Generic[Ask, Reply]):
         try:
             for each in waiting:
                 reply, queued, took = await each.done
+                looked_at = prepared_at + queued
+                note_stage("queue", prepared_at, looked_at, self._name)
+                note_stage("infer", looked_at, looked_at + took, self._name)
                 times.queue, times.infer = max(times.queue, queued), max(times.infer, took)
                 replies.append(reply)
         finally:

@@ -21,6 +21,7 @@ from fmray.serving.admission import CLOSED, Admission
 from fmray.serving.chat_engine import AnswerEngine, ChatItem
 from fmray.serving.conversations import ChatAsk
 from fmray.serving.engines import MODEL_FAILURES, is_out_of_memory
+from fmray.serving.finished import note_stage
 from fmray.serving.metrics import Meters
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class _Listener:
 
     asked: Asked
     since: float
+    joined: float = 0.0
+    """When it first joined the others; 0: not yet."""
     inbox: asyncio.Queue[Token | RequestError] = field(default_factory=asyncio.Queue)
     told: int = 0
     """Tokens it has been told; an answer that begins again says them again, to nobody."""
@@ -84,6 +87,7 @@ class ChatLoop:
                 prepared = await self.admission.on_cpu(self.engine.prepare, ask)
             now = perf_counter()
             self._meters.observe("fmray_prepare_seconds", now - started, model=self._name)
+            note_stage("prepare", started, now, self._name)
             listener = _Listener(_asked(next(self._keys), prepared.value), now)
             self._waiting.append(listener)
             self._arrived.set()
@@ -98,6 +102,9 @@ class ChatLoop:
                         self._meters.count("fmray_items_total", model=self._name)
                         return
             finally:
+                if listener.joined:
+                    note_stage("queue", listener.since, listener.joined, self._name)
+                    note_stage("infer", listener.joined, perf_counter(), self._name)
                 listener.left = True
                 self._arrived.set()
 
@@ -121,6 +128,7 @@ class ChatLoop:
             started = perf_counter()
             for each in joining:
                 self._talking[each.asked.key] = each
+                each.joined = each.joined or started
                 self._meters.observe("fmray_queue_seconds", started - each.since, model=self._name)
             turn = await loop.run_in_executor(
                 self._device, self._turn, gone, [each.asked for each in joining]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from time import perf_counter
 from typing import Any
 
 from fastapi import Request
 
 from fmray.serving.batcher import Answered
-from fmray.serving.finished import note_stage
 
 
 def deadline_of(request: Request) -> float | None:
@@ -18,10 +16,8 @@ def deadline_of(request: Request) -> float | None:
 
 
 def note_times(request: Request, *answered: Answered[Any]) -> None:
-    """For the border's headers and for traces, right after the answer: the longest wait and the longest forward pass of it."""
-    state, now = request.scope["state"], perf_counter()
+    """For the border's headers: the longest wait and the longest forward pass of what was asked."""
+    state = request.scope["state"]
     for each in answered:
-        note_stage("queue", now - each.infer_seconds - each.queue_seconds, now - each.infer_seconds)
-        note_stage("infer", now - each.infer_seconds, now)
         state["queue_seconds"] = max(state.get("queue_seconds", 0.0), each.queue_seconds)
         state["infer_seconds"] = max(state.get("infer_seconds", 0.0), each.infer_seconds)

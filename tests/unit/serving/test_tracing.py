@@ -123,7 +123,7 @@ def test_a_request_is_a_span_and_its_time_is_below_it(checkpoint: str, collector
     assert (root.name, root.kind, root.status.code) == ("POST /v1/embeddings", SERVER, 0)
     assert not root.parent_span_id
     told = attributes(root)
-    assert told.pop("fmray.model", MODEL) == MODEL
+    assert told.pop("fmray.model") == MODEL
     assert told == {
         "http.request.method": "POST",
         "http.route": "/v1/embeddings",
@@ -132,7 +132,8 @@ def test_a_request_is_a_span_and_its_time_is_below_it(checkpoint: str, collector
     }
     assert began <= root.start_time_unix_nano / 1e9 <= root.end_time_unix_nano / 1e9 <= ended
     below = [span for span in collector.spans if span.parent_span_id == root.span_id]
-    assert {"queue", "infer", "answer"} <= {span.name for span in below}
+    assert {span.name for span in below} == {"prepare", "queue", "infer", "answer"}
+    assert {attributes(span).get("fmray.model") for span in below if span.name != "answer"} == {MODEL}
     assert len(below) == len(collector.spans) - 1
     for span in below:
         assert span.trace_id == root.trace_id
@@ -209,7 +210,13 @@ def test_a_streams_answer_lasts_until_its_end(vqa_checkpoint: str, collector: Co
             reply.read()
         assert reply.status_code == 200
     [root] = collector.roots().values()
-    answer = collector.below(root)["answer"]
+    below = collector.below(root)
+    assert set(below) == {"prepare", "queue", "infer", "answer"}
+    assert attributes(root)["fmray.model"] == MODEL
+    assert below["prepare"].end_time_unix_nano == pytest.approx(below["queue"].start_time_unix_nano, abs=1000)
+    assert below["queue"].end_time_unix_nano == pytest.approx(below["infer"].start_time_unix_nano, abs=1000)
+    answer = below["answer"]
+    assert below["infer"].start_time_unix_nano < answer.start_time_unix_nano
     assert answer.start_time_unix_nano / 1e9 <= headers_at
     assert answer.end_time_unix_nano == pytest.approx(root.end_time_unix_nano, abs=5_000_000)
     assert answer.start_time_unix_nano > root.start_time_unix_nano, "before it came the first token"
