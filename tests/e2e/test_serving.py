@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -149,6 +150,31 @@ def test_curl_sends_too_much(url: str, size_told: bool) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- processes
+
+
+def test_sigterm_lets_a_request_in_flight_be_answered(checkpoint: str) -> None:
+    """Whoever comes then finds the door closed, which every client takes for a reason to try another replica."""
+    config = ServeConfig(checkpoint=checkpoint, model_id="tiny", port=free_port())
+    body = json.dumps({"model": "tiny", "input": "red"}).encode()
+    with start(config) as process:
+        wait_until_up(f"http://127.0.0.1:{config.port}", 60, process)
+        head = f"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        with socket.create_connection(("127.0.0.1", config.port), timeout=20) as raw:
+            raw.sendall(head.encode() + b"\r\n\r\n" + body[:10])
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(1.0)
+            assert process.poll() is None, "it waits"
+            with pytest.raises(OSError, match="refused"):
+                socket.create_connection(("127.0.0.1", config.port), timeout=5)
+            raw.sendall(body[10:])
+            answer = b""
+            while part := raw.recv(65536):
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 200 OK"), answer
+        assert b"connection: close" in answer
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "ended\n"), err
 
 
 def test_sigint_ends_it_too_and_a_taken_port_is_one_line(checkpoint: str) -> None:
