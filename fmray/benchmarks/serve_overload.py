@@ -46,8 +46,8 @@ def overload(bench: ServeBench) -> list[Row]:
     what = f"{bench.names['emoji']}, {offered:.0f} requests/s for {sizes.overload_seconds:g} s"
     bench.notes.append(
         f"overload: answered {load.counted}; of the 200s {load.shown}, of the refusals p50 {_refused(load):.3g} ms, from when "
-        f"they were due; the last answer {load.seconds:.1f} s after the start; the load generator took {1e6 * load.cost:.0f} µs a "
-        "request."
+        f"they were due; the last answer {load.seconds:.1f} s after the start; the load generator took {1e6 * load.cost:.0f} µs "
+        "a request."
     )
     bench.notes.append(
         f"overload: the server held {before:.0f} MiB before, {peak:.0f} at most, {after:.0f} afterwards; a lone request took "
