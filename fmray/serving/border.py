@@ -240,7 +240,9 @@ class Border:
         try:
             await self._admit(visit.scope, headers)
             _check_content_type(visit.scope["method"], headers)
-            self._check_room(visit.scope)  # before its body costs anything, and again as many bodies arrive at once
+            self._check_room(
+                visit.scope
+            )  # before its body costs anything, and again as many bodies arrive at once
             body = await read_body(headers, receive, limit=self.max_body, seconds=self.body_seconds)
             self._check_room(visit.scope)
         except RequestError as error:

@@ -16,8 +16,8 @@ from fastapi import FastAPI
 
 from fmray.config.serving import ServeConfig
 from fmray.models.answering import Said, load_answering
-from fmray.serving.opening import Endpoint
 from fmray.serving.images import pixels_of
+from fmray.serving.opening import Endpoint
 from fmray.types import Dialogue, Pictures, Turn
 from tests.endpoint import data_url, picture
 from tests.tiny_mllm import tiny_mllm

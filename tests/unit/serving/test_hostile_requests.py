@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import struct
 import zlib
@@ -37,27 +36,12 @@ def check(reply: httpx.Response, status: int, code: str, param: str | None) -> N
         assert inside not in reply.text
 
 
+# every kind is in test_images_bytes; here, that its answer reaches the client
 BAD_IMAGES = {
     "bomb": (png_of_size(50_000, 50_000, zlib.compress(b"\0" * 6251 * 1000)), "image_too_large_pixels"),
     "just too many pixels": (picture(size=(1001, 1000)), "image_too_large_pixels"),
-    "huge header": (png_of_size(2**31 - 1, 2**31 - 1), "image_too_large_pixels"),
-    "wide header": (png_of_size(2**31 - 1, 1), "image_too_large_pixels"),
-    "no width": (png_of_size(0, 5), "invalid_image"),
-    "truncated png": (PNG[: len(PNG) // 2], "invalid_image"),
     "truncated jpeg": (JPEG[: len(JPEG) // 2], "invalid_image"),
-    "start of jpeg": (b"\xff\xd8\xff", "invalid_image"),
-    "start of png": (b"\x89PNG\r\n\x1a\n", "invalid_image"),
-    "damaged png": (PNG[:60] + bytes([PNG[60] ^ 255]) + PNG[61:], "invalid_image"),
-    "gif of nothing": (b"GIF89a" + b"\0" * 20, "invalid_image"),
-    "bitmap of nothing": (b"BM" + b"\xff" * 50, "invalid_image"),
-    "webp of nothing": (b"RIFF\0\0\0\0WEBPVP8 ", "invalid_image"),
-    "text": (b"hello there, I am not a picture", "unsupported_image_format"),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'><script/></svg>", "unsupported_image_format"),
-    "html": (b"<!doctype html><img src=x>", "unsupported_image_format"),
-    "pdf": (b"%PDF-1.7\n", "unsupported_image_format"),
-    "tiff": (picture(kind="TIFF"), "unsupported_image_format"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "unsupported_image_format"),
-    "zip": (b"PK\x03\x04" + b"\0" * 30, "unsupported_image_format"),
     "empty": (b"", "invalid_image"),
     "too many bytes": (PNG + b"\0" * 2**20, "image_too_large"),
 }
@@ -74,11 +58,7 @@ def test_bad_images(client: httpx.Client, route: str, name: str) -> None:
 GOOD_IMAGES = {
     "one pixel": picture(size=(1, 1)),
     "one row": picture(size=(300, 1)),
-    "one column": picture(size=(1, 300)),
     "jpeg": JPEG,
-    "webp": picture(kind="WEBP"),
-    "gif": picture(kind="GIF"),
-    "bmp": picture(kind="BMP"),
     "with a tail": PNG + b"<script>alert(1)</script>",
     "exactly the limit": picture(size=(1000, 1000)),
 }
@@ -220,12 +200,3 @@ def test_bad_labels(client: httpx.Client, name: str) -> None:
     options, code, param = BAD_LABELS[name]
     body = {"model": "tiny", "input": data_url(PNG), **options}
     check(client.post("/v1/classify", content=json.dumps(body), headers=HEADERS), 400, code, param)
-
-
-def test_an_image_in_pieces_of_every_length(client: httpx.Client) -> None:
-    """Truncated anywhere, a picture is refused or decoded, and never a failure of the server."""
-    for data in (PNG, JPEG, picture(kind="WEBP"), picture(kind="GIF")):
-        for length in range(1, len(data), max(1, len(data) // 12)):
-            url = f"data:image/png;base64,{base64.b64encode(data[:length]).decode()}"
-            status = client.post("/v1/embeddings", json={"model": "tiny", "input": url}).status_code
-            assert status in (200, 400)

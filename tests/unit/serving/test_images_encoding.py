@@ -7,11 +7,14 @@ import time
 import tracemalloc
 
 import pytest
+import torch
 
+from fmray.config.schema import ImageConfig
 from fmray.errors import RequestError
 from fmray.serving.asks import ImageAsk, TextAsk, read_asks
-from fmray.serving.images import image_bytes
+from fmray.serving.images import image_bytes, is_data_url, pixels_of
 from fmray.serving.schemas import ImageUrl, ImageUrlPart
+from tests.endpoint import picture
 from tests.hostile_pictures import encoded, known
 
 # Two bytes behind the picture make its base64 end in one "=", and hold "+" and "/".
@@ -144,3 +147,21 @@ def test_what_was_fetched_is_read_by_its_name() -> None:
         image_bytes(url, "input[1]", max_bytes=9, fetched={"input[0]": PNG})
     with pytest.raises(RequestError, match=r"input\[0\]: not JPEG"):
         image_bytes(url, "input[0]", max_bytes=9, fetched={"input[0]": b"<!doctype html>"})
+
+
+def test_sentences_are_not_urls() -> None:
+    assert not is_data_url("data: the new oil, they say")
+    assert not is_data_url("data:image/png;base64 without a comma")
+    assert is_data_url("data:image/svg+xml;base64,AAAA")
+    assert is_data_url("data:,")
+
+
+def test_pixels_stand_on_white_in_order() -> None:
+    image = ImageConfig(size=8, fit="stretch")
+    red, blue = picture("red", (16, 16)), picture("blue", (16, 16), "WEBP", lossless=True)
+    pixels = pixels_of([(red, "a"), (blue, "b")], image, max_pixels=1000)
+    assert pixels is not None
+    assert (pixels.shape, pixels.dtype) == ((2, 3, 8, 8), torch.uint8)
+    assert pixels[0, :, 1, 1].tolist() == [255, 0, 0]
+    assert pixels[1, :, 1, 1].tolist() == [0, 0, 255]
+    assert pixels_of([], image, max_pixels=1000) is None
