@@ -101,7 +101,7 @@ def test_what_waits_while_the_model_works_becomes_full_batches() -> None:
     engine = Echo()
 
     async def scene() -> None:
-        batcher = batcher_of(engine)
+        batcher = batcher_of(engine, prepare_threads=1)  # two might be prepared in either order
         engine.go.clear()
         first = asyncio.ensure_future(ask(batcher, "a"))
         await settle()
