@@ -20,7 +20,7 @@ class Turns:
     """
 
     def __init__(self, threads: int) -> None:
-        self._free = threads
+        self._free = threads + 1  # one more is at the door, lest a thread wait for a busy event loop
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="prepare")
         self._waiting: OrderedDict[object, deque[asyncio.Future[None]]] = OrderedDict()
 
