@@ -38,12 +38,8 @@ def _large(bench: ServeBench) -> list[Row]:
     theirs, versions = infinity_server(bench.clip, bench.parity, core)
     bench.peer |= versions
     bodies = bench.embedding_bodies(bench.photos)
-    peer_bodies = [
-        json.dumps(
-            {"model": "served", "modality": "image", "encoding_format": "base64", "input": [url]}
-        ).encode()
-        for url in data_urls(bench.photos)
-    ]
+    shape = {"model": "served", "modality": "image", "encoding_format": "base64"}
+    peer_bodies = [json.dumps({**shape, "input": [url]}).encode() for url in data_urls(bench.photos)]
     with ExitStack() as stack:
         ours = stack.enter_context(our_server(bench.clip, core))
         stack.enter_context(theirs)
