@@ -27,6 +27,7 @@ from fmray.models.decoding.generate import Decoder, Sampling, generate, make_dec
 from fmray.models.decoding.running import Running
 from fmray.models.gated_attention import Memory
 from fmray.models.language import add_adapter, merged_weights
+from fmray.models.loading import check_complete
 from fmray.models.mllm import Mllm, predictions
 from fmray.models.mllm_lines import as_line, last_answer, left_padded, memory_inputs, until
 from fmray.models.mllm_output import ReplyTargets, add_output, picture_turns, shown
@@ -358,7 +359,5 @@ def load_mllm(folder: str | Path, device: torch.device) -> MllmAnswering:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise CheckpointError(f"{folder}: lacks weights of the model: {missing}")
+    check_complete(info, folder)
     return MllmAnswering(model.to(device).eval(), tokenizer)

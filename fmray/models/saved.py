@@ -25,6 +25,7 @@ from fmray.config.schema import ImageConfig
 from fmray.errors import CheckpointError
 from fmray.manifest import find_model_folder
 from fmray.models.clip import DualEncoder, DualEncoderConfig
+from fmray.models.loading import check_complete
 from fmray.models.preparation import save_picture_preparation
 
 
@@ -76,10 +77,13 @@ def _load_local(folder: str, location: str, device: torch.device) -> LoadedDualE
         raise CheckpointError(f"{location}: holds a {kind} model, not a dual encoder (CLIP)")
     else:
         try:
-            model = DualEncoder.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+            model, info = DualEncoder.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{location}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        check_complete(info, location)
     return LoadedDualEncoder(model.to(device).eval(), tokenizer, model.image, model.config.max_tokens)
 
 
@@ -108,10 +112,13 @@ def _load_from_transformers(location: str) -> tuple[DualEncoder, PreTrainedToken
         if not isinstance(config, CLIPConfig | SiglipConfig):
             raise CheckpointError(f"{location}: is a {config.model_type} model, not CLIP or SigLIP")
         kind = CLIPModel if isinstance(config, CLIPConfig) else SiglipModel
-        whole = kind.from_pretrained(location, use_safetensors=True, dtype=torch.float32)
+        whole, info = kind.from_pretrained(
+            location, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{location}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    check_complete(info, location)
     return from_transformers(whole, _image_of(location, config)), tokenizer
 
 

@@ -14,6 +14,7 @@ from fmray.config.schema import TowerConfig
 from fmray.errors import CheckpointError, ConfigError
 from fmray.models.answer_tokenizer import FROM_ANSWERS, learn_tokenizer
 from fmray.models.freezing import CROSS_ATTENTION
+from fmray.models.loading import check_complete
 from fmray.models.towers import (
     DROPOUT_KEYS,
     load_tokenizer,
@@ -171,9 +172,12 @@ def open_parts(folder: Path, dropout: float | None = None) -> VqaParts:
     try:
         config = VqaConfig.from_pretrained(folder)
         _set_dropout(config, dropout)
-        model = VqaModel.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
+        model, info = VqaModel.from_pretrained(
+            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
         question_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         answer_tokenizer = AutoTokenizer.from_pretrained(folder / ANSWER_TOKENIZER, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    check_complete(info, str(folder))
     return model, question_tokenizer, answer_tokenizer

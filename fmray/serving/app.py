@@ -110,5 +110,7 @@ def _border(config: ServeConfig, meters: Meters, tracer: Tracer | None) -> dict[
         "body_seconds": access.body_seconds,
         "address_header": access.address_header,
         "most_inside": config.batch.queue_items * len(config.places),
+        # of which model it would have been asked is not known: its body was not read
+        "crowded": lambda: meters.count("fmray_rejected_total", model="-", reason="overloaded"),
         "finished": finished,
     }

@@ -200,12 +200,14 @@ class Border:
         body_seconds: float = 60.0,
         address_header: str | None = None,
         most_inside: int | None = None,
+        crowded: Callable[[], None] | None = None,
         finished: Callable[[Finished], None] | None = None,
     ) -> None:
         self.app, self.max_body, self.access, self.limits = app, max_body, access, limits
         self.deadline_seconds, self.body_seconds = deadline_seconds, body_seconds
         self.address_header = address_header
         self.most_inside, self._inside = most_inside, 0
+        self.crowded = crowded
         self.finished = finished
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -213,21 +215,18 @@ class Border:
             return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = Headers(
-            raw=list(scope["headers"])
-        )  # a copy: uvicorn appends the trailers of a chunked body
+        # a copy: uvicorn appends the trailers of a chunked body
+        headers = Headers(raw=list(scope["headers"]))
         kept = [pair for pair in headers.raw if pair[0] not in STRIPPED]
-        method = (
-            "GET" if scope["method"] == "HEAD" else scope["method"]
-        )  # servers leave out the body themselves
+        # servers leave out the body themselves
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
         scope = {**scope, "method": method, "headers": kept, "state": {**scope.get("state", {})}}
         asked = headers.get("x-request-id", "")
         request_id = asked if REQUEST_ID.fullmatch(asked) else f"req_{uuid.uuid4().hex}"
         scope["state"].update(request_id=request_id, key_name="-")
         visit = _Visit(scope, send, request_id)
-        if scope["path"] and scope["path"] == scope.get(
-            "root_path"
-        ):  # a prefix: what a page names is below its slash
+        # a prefix: what a page names is below its slash
+        if scope["path"] and scope["path"] == scope.get("root_path"):
             headers_there = {"location": f"{scope['path']}/"}
             return await Response(status_code=307, headers=headers_there)(scope, _nothing, visit.answer)
         try:
@@ -240,9 +239,8 @@ class Border:
         try:
             await self._admit(visit.scope, headers)
             _check_content_type(visit.scope["method"], headers)
-            self._check_room(
-                visit.scope
-            )  # before its body costs anything, and again as many bodies arrive at once
+            # before its body costs anything, and again as many bodies arrive at once
+            self._check_room(visit.scope)
             body = await read_body(headers, receive, limit=self.max_body, seconds=self.body_seconds)
             self._check_room(visit.scope)
         except RequestError as error:
@@ -263,6 +261,8 @@ class Border:
         the model can answer, and nothing piles up in front of the queues that are bounded.
         """
         if scope["method"] == "POST" and self.most_inside is not None and self._inside >= self.most_inside:
+            if self.crowded is not None:
+                self.crowded()
             message = f"{self._inside} requests are being answered and no more may wait; try again later"
             raise RequestError(429, "overloaded", message)
 
