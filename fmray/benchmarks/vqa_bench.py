@@ -194,6 +194,7 @@ def tiny_vqa(model: VqaModelConfig, folder: Path) -> VqaModelConfig:
             overrides={**model.vision.overrides, **vision, "image_size": 16, "patch_size": 8}
         ),
         text=TowerConfig(source=str(folder / "text")),
+        text_layer=-1,  # it has one
         decoder=model.decoder.replace(overrides={**model.decoder.overrides, **decoder}),
         image=ImageConfig(size=16, normalize="half"),
         max_question_tokens=16,
