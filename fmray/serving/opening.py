@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -107,8 +108,18 @@ class Endpoint:
         await self.shelf.check_ready()
 
 
+_ONE_AT_A_TIME = threading.Lock()
+"""transformers patches torch's initialisers and its own tying of weights while a model is loaded: two that load at the same time
+leave them patched, and every model after them without its tied weights."""
+
+
 def open_engine(location: str, config: ServeConfig) -> Engine:
     """A saved model, loaded and warm; raises CheckpointError where there is none or its numbers are not finite."""
+    with _ONE_AT_A_TIME:
+        return _opened(location, config)
+
+
+def _opened(location: str, config: ServeConfig) -> Engine:
     kind = kind_of(location)
     device, max_pixels = choose_device(config.runtime.device), int(config.max_image_megapixels * 1e6)
     engine: Engine

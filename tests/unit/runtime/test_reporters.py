@@ -101,7 +101,7 @@ def test_prometheus_serves_the_table_over_http() -> None:
 
 
 def test_the_loops_report_the_names_of_the_table(tmp_path: Path) -> None:
-    """Read from real runs' files: of pretraining, a reward model, PPO; together they are all names that there are."""
+    """Read from real runs' files: of pretraining, a reward model, PPO; together they are all names that there are but one."""
     from fmray.cli import door, pretrain, reward, rlhf
     from tests.opinions import write_opinion_config
     from tests.pictures import write_config
@@ -119,6 +119,6 @@ def test_the_loops_report_the_names_of_the_table(tmp_path: Path) -> None:
     files = [tmp_path / "runs" / name / "metrics.jsonl" for name in ("pairs", "opinions", "story")]
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     names = {name for line in lines for name in line if family_of(name) is None} - {"step", "time"}
-    assert names == set(METRICS)
+    assert names == set(METRICS) - {"train/reply_loss"}  # of models that answer with pictures: test_replies
     assert due(4, 2)
     assert not due(4, None)

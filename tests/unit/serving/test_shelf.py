@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from fmray.config.serving import ServeConfig
 from fmray.errors import CheckpointError, ConfigError, RequestError
 from fmray.serving.asks import TextAsk
-from fmray.serving.opening import Endpoint
+from fmray.serving.opening import Endpoint, open_engine
 from fmray.serving.shelf import PROBE_SECONDS
 from tests.endpoint import another_checkpoint
 
@@ -220,3 +221,18 @@ def test_a_library_loads_what_is_asked_for_and_forgets_the_oldest(
         endpoint.shelf.close()
 
     run(scene)
+
+
+def test_models_that_are_opened_at_the_same_time_keep_their_tied_weights(
+    checkpoint: str, vqa_checkpoint: str, mllm_checkpoint: str
+) -> None:
+    """transformers patches itself while it loads; two at once would leave every later model without its output matrix."""
+    config = ServeConfig(checkpoint=checkpoint)
+    with ThreadPoolExecutor(4) as pool:
+        list(
+            pool.map(
+                lambda place: open_engine(place, config), [vqa_checkpoint, mllm_checkpoint, checkpoint] * 4
+            )
+        )
+    for place in (vqa_checkpoint, mllm_checkpoint):
+        open_engine(place, config)
