@@ -171,7 +171,7 @@ def test_a_keyboard_is_enough(browser: Browser, url: str, red: Path, tmp_path: P
         press("Enter")
         tab_to(visit, "files")
         with page.expect_file_chooser() as chooser:
-            press("Enter")
+            press(" ")
         chooser.value.set_files([str(red), str(tmp_path / "blue.png")])
         page.wait_for_selector("#thumbs li")
         tab_to(visit, "picture-1")
