@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +31,8 @@ def fake_cloud(
 ) -> Iterator[str]:
     """Yields the address of a head without resources for replicas; up to `most` nodes of that kind come when asked for."""
     host = get_node_ip_address()
-    port, temporary = free_port(), folder / "r"
+    # not in pytest's own folder: a socket's path may have 107 letters
+    port, temporary = free_port(), Path(tempfile.mkdtemp(prefix="ray-"))
     address = f"{host}:{port}"
     config = folder / "cluster.json"
     config.write_text(json.dumps(_config(address, node, most)))
@@ -61,6 +64,7 @@ def fake_cloud(
         yield address
     finally:
         _end(head, str(temporary))
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _config(address: str, node: dict[str, float], most: int) -> dict[str, object]:
